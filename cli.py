@@ -1,0 +1,123 @@
+"""The basement: what every program here shares with its user.
+
+A parser made from dataclasses (one definition of a flag, its default and its help), receipts and progress on stderr, and
+the one exception for a user's mistake, which becomes a sentence and an exit code instead of a traceback.
+"""
+import argparse
+import dataclasses
+import errno
+import inspect
+import re
+import sys
+import time
+import types
+import typing
+
+
+class UserError(Exception):
+    """A mistake of the user's: one or two sentences saying what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def helps(config):
+    """{field: its comment}: the comment behind a field in the dataclass's source is its help text, so it is written once."""
+    lines = re.findall(r"^    (\w+): [^#\n]*?(?:# *(.*))?$", inspect.getsource(config), re.MULTILINE)
+    return {name: text for name, text in lines}
+
+
+def add_flags(parser, config):
+    """One --flag for each field of a dataclass: underscores, --flag / --no-flag for a bool, choices for a Literal."""
+    group, text = parser.add_argument_group(config.__name__), helps(config)
+    for f in dataclasses.fields(config):
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        kind, how = f.type, {"default": default, "dest": f.name, "help": text.get(f.name, "").replace("%", "%%")}
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # `str | None`: a str
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is list:
+            how |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": f.name.upper()}
+        elif typing.get_origin(kind) is typing.Literal:
+            how["choices"] = typing.get_args(kind)
+        else:
+            how |= {"type": kind, "metavar": kind.__name__.upper()}
+        group.add_argument(f"--{f.name}", **how)
+
+
+def parse(doc, *configs, argv=None):
+    """One instance of each dataclass in `configs`, filled from the command line. Unknown and shortened flags are errors."""
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for config in configs:
+        add_flags(parser, config)
+    got = vars(parser.parse_args(argv))
+    return [config(**{f.name: got[f.name] for f in dataclasses.fields(config)}) for config in configs]
+
+
+def bound(config, **bounds):
+    """Raise a UserError for a numeric flag outside its bounds: bound(cfg, lr=(0, 1)) wants 0 <= cfg.lr <= 1."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if not low <= value <= high:  # also false for nan
+            most = "" if high == float("inf") else f" and at most {high}"
+            raise UserError(f"--{name} {value} is out of range: it must be at least {low}{most}.")
+
+
+def say(what, text=""):
+    """A receipt: one line on stderr."""
+    print(f"{what:<12} {text}".rstrip(), file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Call main(); turn a user's mistake, a full disk, Ctrl-C and a closed pipe into a sentence and an exit code."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as e:
+        code, message = 2, f"error: {e}"
+    except KeyboardInterrupt:
+        code, message = 130, "stopped."
+    except BrokenPipeError:  # `python data.py --json | head`
+        sys.stdout = None
+        code, message = 0, ""
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+            raise
+        where = f" ({e.filename})" if e.filename else ""
+        code, message = 1, f"error: cannot write{where}: {e.strerror}. Nothing was half-written; free some space or choose another folder."
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+class Progress:
+    """A bar on a terminal (tqdm), a plain line every `every` seconds elsewhere; on stderr either way."""
+
+    def __init__(self, total, what, every=10.0):
+        self.total, self.what, self.every = total, what, every
+        self.done, self.began, self.last, self.bar = 0, time.time(), time.time(), None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False)
+
+    def step(self, n=1, text=""):
+        self.done += n
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(n)
+        elif time.time() - self.last >= self.every or self.done == self.total:
+            self.last = time.time()
+            left = (self.last - self.began) / max(self.done, 1) * (self.total - self.done)
+            say(self.what, f"{self.done}/{self.total}  {text}  {left:.0f} s left")
+
+    def line(self, what, text=""):
+        """A receipt that does not tear the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        say(what, text)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,194 @@
+"""LoRA by hand (Hu et al. 2021): y = x · Wᵀ + s · (x · Aᵀ) · Bᵀ with W frozen, A [r, in] and B [out, r] trained.
+
+One example: W of 4096 × 4096 holds 16.8 million numbers; at r = 16, A and B hold 131 thousand, 0.8 % of them. B starts at
+zero, so an untrained adapter changes nothing. s is lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA: Kalajdzievski 2023).
+
+Beside peft, where each layer runs its own three products and autograd keeps their inputs, this file sends the layers
+that share an input (q, k, v; gate, up) through one autograd function: the input is kept once, all A matrices are multiplied
+at once, and W is asked for again in backward instead of being kept. It speaks to W through two methods only, mm(x) = x · Wᵀ
+and mm_t(g) = g · W, so the same lines serve bf16, NF4 and fp8 weights. Files are in PEFT's format, both ways.
+
+    model = model.load(folder, make_linear=quant.plain)
+    adapt(model, r=16, alpha=32)                    # or: load(model, "out")
+    tensors, config = adapter(model), peft_config(model, folder)
+"""
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from cli import UserError
+
+# the layers that can be adapted, and where Hugging Face's module tree (and so PEFT's) has them
+PARENT = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+          "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
+
+
+class LoRA(nn.Module):
+    """A frozen layer (`base`) with its A and B. Those are fp32 and cast where they are used: Adam's small steps would be lost
+    in bf16's eight bits."""
+
+    def __init__(self, base, r, scale, dropout=0.0, generator=None):
+        super().__init__()
+        self.base, self.scale, self.dropout, self.bias = base, scale, dropout, base.bias
+        device, bound = next(base.parameters()).device, 1 / math.sqrt(base.in_features)  # PEFT's kaiming_uniform_(a=sqrt(5))
+        self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator).to(device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+
+    def mm(self, x):
+        return self.base.mm(x)
+
+    def mm_t(self, g):
+        return self.base.mm_t(g)
+
+
+class GroupMatmul(torch.autograd.Function):
+    """All layers of a group on the input that they share.
+
+    x [N, in], what the frozen layers see; xd [N, in], what the A matrices see after dropout, or None: the same;
+    params A1, B1, A2, B2, … of the adapted layers among `layers`. -> one [N, out] a layer"""
+
+    @staticmethod
+    def forward(ctx, x, xd, layers, *params):
+        h = x if xd is None else xd
+        As, Bs = [A.to(h.dtype) for A in params[0::2]], [B.to(h.dtype) for B in params[1::2]]
+        u = (h @ torch.cat(As).t()).split([len(A) for A in As], dim=-1)  # one product for all A; each [N, r]
+        todo, out = iter(zip(u, Bs)), []
+        for layer in layers:
+            y = layer.mm(x)
+            if isinstance(layer, LoRA):
+                u_i, B = next(todo)
+                y.addmm_(u_i, B.t(), alpha=layer.scale)  # in place: y is ours, a sum would be a second [N, out]
+            out.append(y)
+        ctx.layers, ctx.dropped = layers, xd is not None
+        ctx.save_for_backward(h, *u, *params)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        h, *saved = ctx.saved_tensors
+        u, params = saved[:len(saved) // 3], saved[len(saved) // 3:]
+        As, Bs = [A.to(h.dtype) for A in params[0::2]], [B.to(h.dtype) for B in params[1::2]]
+        todo, du, dB, dx = iter(zip(u, Bs)), [], [], None
+        for layer, g in zip(ctx.layers, grads):
+            if isinstance(layer, LoRA):
+                u_i, B = next(todo)
+                du.append(g @ B * layer.scale)                # [N, r]
+                dB.append((g.t() @ (u_i * layer.scale)).float())  # [out, r]; fp32 like the parameter
+            if ctx.needs_input_grad[0]:
+                part = layer.mm_t(g)                          # W once more, from whatever it is kept as
+                dx = part if dx is None else dx.add_(part)
+        du, dxd = torch.cat(du, dim=-1), None                 # [N, sum of r]
+        dA = (du.t() @ h).float().split([len(A) for A in As])
+        if ctx.dropped:
+            dxd = du @ torch.cat(As)
+        elif dx is not None:
+            dx.addmm_(du, torch.cat(As))
+        return dx, dxd, None, *(p for pair in zip(dA, dB) for p in pair)
+
+
+def project(x, layers):
+    """Block.project of an adapted model: x [..., in] through layers that share it. -> [[..., out], …]"""
+    adapted = [layer for layer in layers if isinstance(layer, LoRA)]
+    if not adapted:
+        return [layer(x) for layer in layers]
+    flat, xd, p = x.flatten(0, -2), None, adapted[0].dropout
+    if p and adapted[0].training:
+        xd = F.dropout(flat, p)  # one mask for the group; peft draws one a layer
+    out = GroupMatmul.apply(flat, xd, layers, *(p for layer in adapted for p in (layer.A, layer.B)))
+    out = [y if layer.bias is None else y + layer.bias.to(y.dtype) for layer, y in zip(layers, out)]
+    return [y.view(*x.shape[:-1], -1) for y in out]
+
+
+def adapt(model, r, alpha, dropout=0.0, targets="all", rslora=False, seed=0):
+    """Put an untrained LoRA around the target layers of every block and freeze everything else. Returns the LoRA layers.
+
+    targets: "all", or names with commas, q_proj,v_proj say."""
+    names = list(PARENT) if targets == "all" else [name.strip() for name in targets.split(",")]
+    for name in names:
+        if name not in PARENT:
+            raise UserError(f"--lora_targets: {name!r} is no layer that can be adapted; choose among {', '.join(PARENT)} or all.")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same adapter on every device
+    for block in model.layers:
+        for name in PARENT:
+            if name in names:
+                scale = alpha / (math.sqrt(r) if rslora else r)
+                setattr(block, name, LoRA(getattr(block, name), r, scale, dropout, generator))
+        block.project = project
+    return [m for m in model.modules() if isinstance(m, LoRA)]
+
+
+def peft_name(name):
+    """layers.0.q_proj -> base_model.model.model.layers.0.self_attn.q_proj"""
+    path, _, leaf = name.rpartition(".")
+    return f"base_model.model.model.{path}.{PARENT[leaf]}.{leaf}"
+
+
+def parameters(model):
+    """{PEFT's key: A or B}, in the order of the model."""
+    return {f"{peft_name(name)}.lora_{leaf}.weight": getattr(layer, leaf)
+            for name, layer in model.named_modules() if isinstance(layer, LoRA) for leaf in "AB"}
+
+
+def peft_config(base, r, alpha, dropout, targets, rslora):
+    """adapter_config.json as peft reads it."""
+    names = list(PARENT) if targets == "all" else [name.strip() for name in targets.split(",")]
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r, "lora_alpha": alpha,
+            "lora_dropout": dropout, "target_modules": names, "use_rslora": rslora, "bias": "none", "fan_in_fan_out": False,
+            "inference_mode": True, "init_lora_weights": True, "modules_to_save": None}
+
+
+def read_config(folder):
+    """adapter_config.json; a variant that this file does not compute is refused by name."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path} cannot be read as a LoRA adapter's configuration ({e!r}).") from None
+    for key, fine in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("modules_to_save", None), ("rank_pattern", {}),
+                      ("alpha_pattern", {}), ("layers_to_transform", None), ("lora_bias", False), ("fan_in_fan_out", False)):
+        if (config.get(key) or fine) != fine:
+            raise UserError(f"{path}: {key} = {config[key]!r} is not supported, only {fine!r}.")
+    if isinstance(targets, str) and targets != "all-linear":
+        raise UserError(f"{path}: target_modules = {targets!r} is a pattern; only a list of names or all-linear is supported.")
+    names = "all" if isinstance(targets, str) else ",".join(targets)
+    return {"r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0, "targets": names,
+            "rslora": bool(config.get("use_rslora"))}
+
+
+def load(model, folder):
+    """Adapt the model as the folder's adapter_config.json says and fill in its tensors. Every tensor of the file is used once
+    and every A and B is filled, or an error names the one that does not fit."""
+    layers = adapt(model, **read_config(folder))
+    fill(model, read_tensors(folder))
+    return layers
+
+
+def read_tensors(folder):
+    path = Path(folder) / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} cannot be read ({e}); an adapter is adapter_config.json and adapter_model.safetensors.") from None
+
+
+def fill(model, tensors):
+    """Copy {PEFT's key: tensor} into the model's adapter, loudly."""
+    wanted = parameters(model)
+    for key, tensor in tensors.items():
+        if key not in wanted:
+            raise UserError(f"the adapter's {key} has no place in this base model or its target_modules.")
+        param = wanted.pop(key)
+        if param.shape != tensor.shape:
+            raise UserError(f"the adapter's {key} has shape {list(tensor.shape)}, this base model needs {list(param.shape)}.")
+        with torch.no_grad():
+            param.copy_(tensor)
+    if wanted:
+        raise UserError(f"the adapter lacks {len(wanted)} tensor(s), the first is {next(iter(wanted))}.")

@@ -1,0 +1,342 @@
+"""A Llama-3-architecture model in plain PyTorch: Llama 2 / 3 / 3.1 / 3.2, SmolLM2, TinyLlama, Mistral without window.
+
+    cfg = read_config(folder)                       # config.json of transformers 4 or 5
+    model = load(folder, device="cuda", dtype=torch.bfloat16)
+    h = model(ids)                                  # [B, T] token ids -> [B, T, C] after the last norm
+    loss = sum_loss(h, model.lm_head.weight, where, targets)
+
+The names of the dimensions, once: B batch, T time, C hidden size, H query heads, K key/value heads, D head size,
+F width of the MLP, V vocabulary, S slots of the KV cache, N target tokens.
+
+Frozen layers come from outside through `make_linear` and a group of layers that share an input is called through
+`block.project`: that is all that LoRA, quantisation and fp8 need, so none of them is in this file.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from cli import UserError
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int                      # V
+    hidden_size: int                     # C
+    intermediate_size: int               # F
+    num_hidden_layers: int
+    num_attention_heads: int             # H
+    num_key_value_heads: int             # K: H / K query heads share a key and a value (grouped-query attention)
+    head_dim: int                        # D; not always C / H
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict                   # {"rope_type": "default" | "linear" | "llama3", …}
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+
+def read_config(folder):
+    """ModelConfig of a Hugging Face folder. What this file cannot reproduce is refused by name."""
+    path = Path(folder) / "config.json"
+    try:
+        c = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}); a model folder needs config.json.") from None
+    kind = (c.get("architectures") or ["?"])[0]
+    if kind not in ("LlamaForCausalLM", "MistralForCausalLM"):
+        raise UserError(f"{path}: {kind} is no Llama-architecture model (LlamaForCausalLM or MistralForCausalLM).")
+    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})  # transformers 5, transformers 4
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    refused = {
+        f"rope type {rope['rope_type']!r}": rope["rope_type"] not in ("default", "linear", "llama3"),
+        "sliding_window": bool(c.get("sliding_window")),
+        f"hidden_act {c.get('hidden_act')!r}": c.get("hidden_act", "silu") != "silu",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", c.get("partial_rotary_factor") or 1) != 1,
+        "quantization_config (weights stored in another format)": bool(c.get("quantization_config")),
+    }
+    for what, is_refused in refused.items():
+        if is_refused:
+            raise UserError(f"{path}: {what} is not supported; use a checkpoint without it.")
+    try:
+        heads = c["num_attention_heads"]
+        cfg = ModelConfig(
+            vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
+            num_hidden_layers=c["num_hidden_layers"], num_attention_heads=heads,
+            num_key_value_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+            max_position_embeddings=c.get("max_position_embeddings", 2048), rms_norm_eps=c.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 10000.0, rope_scaling=rope,
+            tie_word_embeddings=c.get("tie_word_embeddings", False), attention_bias=c.get("attention_bias", False),
+            mlp_bias=c.get("mlp_bias", False))
+    except KeyError as e:
+        raise UserError(f"{path}: {e} is missing.") from None
+    if heads % cfg.num_key_value_heads:
+        raise UserError(f"{path}: {heads} heads cannot be shared out over {cfg.num_key_value_heads} key/value heads.")
+    return cfg
+
+
+# --- the parts of a block ---
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, C, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
+
+    def forward(self, x):
+        x32 = x.float()  # the mean of squares overflows fp16 and loses digits in bf16
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope_frequencies(cfg):
+    """Angle per position of each of the D/2 pairs, [D/2] fp32. Llama 3.1 (its reference code, `apply_scaling`) slows the pairs
+    whose wavelength is near or beyond the length it was first trained on, and leaves the quick ones alone."""
+    D, s = cfg.head_dim, cfg.rope_scaling
+    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    if s["rope_type"] == "linear":
+        return freq / s["factor"]
+    if s["rope_type"] == "llama3":
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the first training's length
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: quick, as it was; 0: slow, divided by the factor
+        return keep * freq + (1 - keep) * freq / s["factor"]
+    return freq
+
+
+def rotate(x, cos, sin):
+    """RoPE on x [B, h, T, D] with cos and sin [B or 1, 1, T, D/2]: the pairs are (i, i + D/2), Hugging Face's layout."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attention(q, k, v, mask, flash):
+    """q [B, H, T, D], k and v [B, K, S, D], mask [B, 1, T, S] of bool or None (causal, T = S). -> [B, H, T, D]
+
+    Rows are padded on the right, so causal alone keeps a real token from ever seeing padding."""
+    if flash:  # never holds the [T, S] scores (Dao et al. 2022)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [k1, k2] -> [k1, k1, k2, k2]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    return scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def plain_project(h, layers):
+    """The layers of a group, each called on the input they share."""
+    return [layer(h) for layer in layers]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, cfg, flash):
+        super().__init__()
+        C, D, H, K, width = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.intermediate_size
+        self.D, self.flash, self.project = D, flash, plain_project
+        self.input_layernorm = RMSNorm(C, cfg.rms_norm_eps)
+        self.q_proj = nn.Linear(C, H * D, bias=cfg.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=cfg.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=cfg.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=cfg.attention_bias)
+        self.post_attention_layernorm = RMSNorm(C, cfg.rms_norm_eps)
+        self.gate_proj = nn.Linear(C, width, bias=cfg.mlp_bias)
+        self.up_proj = nn.Linear(C, width, bias=cfg.mlp_bias)
+        self.down_proj = nn.Linear(width, C, bias=cfg.mlp_bias)
+
+    def forward(self, x, cos, sin, cache=None, pos=None, mask=None):
+        B, T, _ = x.shape
+        h = self.input_layernorm(x)
+        q, k, v = self.project(h, [self.q_proj, self.k_proj, self.v_proj])
+        q, k, v = (y.view(B, T, -1, self.D).transpose(1, 2) for y in (q, k, v))  # [B, H or K, T, D]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.put(k, v, pos)
+        y = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)  # [B, T, H * D]
+        x = x + self.project(y, [self.o_proj])[0]
+        h = self.post_attention_layernorm(x)
+        gate, up = self.project(h, [self.gate_proj, self.up_proj])
+        return x + self.project(F.silu(gate) * up, [self.down_proj])[0]
+
+
+class Cache:
+    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of different
+    lengths share a batch: what right padding left in a row's slots is overwritten before the row's mask reaches it."""
+
+    def __init__(self, cfg, B, S, device, dtype):
+        self.k, self.v = torch.zeros(2, B, cfg.num_key_value_heads, S, cfg.head_dim, device=device, dtype=dtype)
+
+    def put(self, k, v, pos):
+        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself; a single token to all that the cache holds."""
+        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
+        self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        return (self.k, self.v) if k.shape[2] == 1 else (k, v)
+
+
+class Llama(nn.Module):
+    def __init__(self, cfg, flash=True):
+        super().__init__()
+        self.cfg = cfg
+        self.dtype = None  # of the residual stream; None: as the embedding is stored
+        self.around = lambda block, *args: block(*args)  # how a block is called: train.py puts checkpointing here
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, flash) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.register_buffer("frequencies", rope_frequencies(cfg), persistent=False)
+
+    def forward(self, ids, pos=None, caches=None):
+        """ids [B, T], pos [B, T] (None: 0, 1, 2 … in each row), caches one a block. -> [B, T, C] after the last norm.
+
+        With caches, T > 1 is a prompt that starts at position 0 and T = 1 the next token of each row."""
+        x = self.embed_tokens(ids)
+        x = x.to(self.dtype or x.dtype)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # every block's input is then of one kind: the first shares the others' compiled graph
+        mask = None
+        if pos is None:
+            pos = torch.arange(ids.shape[1], device=ids.device)[None]
+        elif caches is not None and ids.shape[1] == 1:
+            slots = torch.arange(caches[0].k.shape[2], device=ids.device)
+            mask = (slots <= pos[:, :, None])[:, None]  # [B, 1, 1, S]
+        angle = pos[:, None, :, None] * self.frequencies  # [B or 1, 1, T, D/2]
+        cos, sin = angle.cos(), angle.sin()
+        for i, block in enumerate(self.layers):
+            x = self.around(block, x, cos, sin, caches and caches[i], pos, mask)
+        return self.norm(x)
+
+
+# --- the loss ---
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of cross-entropies without the [N, V] logits: chunk by chunk, each with its gradient at once, then forgotten.
+
+    At 8,192 tokens and Llama-3's vocabulary the logits and their gradient would be 8 GB in fp32; this holds `rows` of them.
+    A frozen head (all but --lora_r 0) gets no gradient. The idea: Liger's fused_linear_cross_entropy, Cut Cross-Entropy."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, scale):
+        want_h, want_w, _, _ = ctx.needs_input_grad
+        W = weight.to(h.dtype)
+        rows = max(1, 2**26 // W.shape[0])  # 256 MB of fp32 logits
+        total = torch.zeros((), device=h.device)
+        dh = torch.empty_like(h) if want_h else None
+        dW = torch.zeros_like(weight, dtype=torch.float32) if want_w else None
+        for i in range(0, h.shape[0], rows):
+            hc, tc = h[i:i + rows], targets[i:i + rows, None]
+            logits = (hc @ W.t()).float()  # [rows, V]
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(-1, tc)).sum()
+            if want_h or want_w:
+                p = logits.sub_(lse).exp_().scatter_add_(-1, tc, torch.full_like(lse, -1.0))  # softmax - one-hot
+                p = p.mul_(scale).to(h.dtype)  # scaled in fp32, before anything is cast down
+                if want_h:
+                    torch.mm(p, W, out=dh[i:i + rows])
+                if want_w:
+                    dW += (p.t() @ hc).float()
+        ctx.save_for_backward(dh, dW)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dW = ctx.saved_tensors
+        return dh if dh is None else dh * grad.to(dh.dtype), dW if dW is None else dW * grad, None, None
+
+
+def sum_loss(h, weight, where, targets, scale=1.0, fused=True):
+    """scale * sum of the cross-entropies of the target positions.
+
+    h [B, T, C] from the model, weight [V, C] of the head, where [N] = b * T + t of the positions that predict a target,
+    targets [N] the ids they are to predict. The caller divides by the target tokens of a whole step, through scale."""
+    h = h.flatten(0, 1)[where]  # [N, C]: the head is not asked about padding or prompts
+    if fused:
+        return ChunkedLoss.apply(h, weight, targets, scale)
+    return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, reduction="sum") * scale
+
+
+# --- loading ---
+
+
+def plain_linear(name, tensor):
+    """The default make_linear: a trainable nn.Linear that owns the tensor."""
+    layer = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(tensor)
+    return layer
+
+
+def hf_name(name):
+    """This file's parameter name in a Hugging Face checkpoint: layers.0.q_proj.weight -> model.layers.0.self_attn.q_proj.weight."""
+    if name.startswith("lm_head"):
+        return name
+    for part, parent in (("q_proj", "self_attn"), ("k_proj", "self_attn"), ("v_proj", "self_attn"), ("o_proj", "self_attn"),
+                         ("gate_proj", "mlp"), ("up_proj", "mlp"), ("down_proj", "mlp")):
+        name = name.replace(f".{part}", f".{parent}.{part}")
+    return f"model.{name}"
+
+
+def shards(folder):
+    """The safetensors files of a folder, by its index if it has one."""
+    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    for f in files:
+        if not f.exists():
+            raise UserError(f"{index} names {f.name}, which is not in the folder: fetch the missing shard.")
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors file (only safetensors and .gguf are read).")
+    return files
+
+
+def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True):
+    """A Llama with the weights of a folder. Each tensor goes from its shard to the device and dtype (None: as stored), becomes
+    what make_linear(name, tensor) makes of it, and is forgotten: the peak is the finished model and one tensor.
+
+    Loud: every tensor of the checkpoint is used once, every parameter filled once, every shape checked."""
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = Llama(read_config(folder), flash)
+    model.frequencies = rope_frequencies(model.cfg).to(device)
+    wanted = {hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
+    if model.cfg.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    for file in shards(folder):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for hf in tensors.offset_keys():
+                    if hf.endswith("rotary_emb.inv_freq") or hf == "lm_head.weight" and model.cfg.tie_word_embeddings:
+                        continue  # old checkpoints store the one, some store a tied head a second time
+                    if hf not in wanted:
+                        raise UserError(f"{file}: {hf} is a tensor that config.json has no place for, or is there twice.")
+                    name, shape = wanted.pop(hf)
+                    tensor = tensors.get_tensor(hf)
+                    if tensor.shape != shape:
+                        raise UserError(f"{file}: {hf} has shape {list(tensor.shape)}, config.json makes it {list(shape)}.")
+                    place(model, name, tensor.to(dtype or tensor.dtype), make_linear)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file} cannot be read ({e}): it is cut off or damaged; fetch it again.") from None
+    if wanted:
+        raise UserError(f"{folder} lacks {len(wanted)} tensor(s), the first is {next(iter(wanted))}.")
+    if model.cfg.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def place(model, name, tensor, make_linear):
+    """Put one tensor where it belongs. A block's linear layer is replaced by make_linear's, a bias that came first kept."""
+    path, _, leaf = name.rpartition(".")
+    parent, _, child = path.rpartition(".")
+    layer = model.get_submodule(path)
+    if leaf == "weight" and child.endswith("_proj"):
+        new = make_linear(path, tensor)
+        new.bias = layer.bias
+        setattr(model.get_submodule(parent), child, new)
+    else:
+        setattr(layer, leaf, nn.Parameter(tensor))
