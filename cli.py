@@ -48,11 +48,13 @@ def add_flags(parser, config):
         group.add_argument(f"--{f.name}", **how)
 
 
-def parse(doc, *configs, argv=None):
-    """One instance of each dataclass in `configs`, filled from the command line. Unknown and shortened flags are errors."""
+def parse(doc, *configs, argv=None, defaults=None):
+    """One instance of each dataclass in `configs`, filled from the command line. Unknown and shortened flags are errors.
+    defaults {field: value} stand in for the dataclasses' own: a resumed run has those it was started with."""
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for config in configs:
         add_flags(parser, config)
+    parser.set_defaults(**(defaults or {}))
     got = vars(parser.parse_args(argv))
     return [config(**{f.name: got[f.name] for f in dataclasses.fields(config)}) for config in configs]
 
@@ -109,8 +111,8 @@ class Progress:
             self.bar.update(n)
         elif time.time() - self.last >= self.every or self.done == self.total:
             self.last = time.time()
-            left = (self.last - self.began) / max(self.done, 1) * (self.total - self.done)
-            say(self.what, f"{self.done}/{self.total}  {text}  {left:.0f} s left")
+            left = (self.last - self.began) / max(self.done, 1) * ((self.total or self.done) - self.done)
+            say(self.what, f"{self.done}/{self.total}  {text}  {left:.0f} s left" if self.total else f"{self.done}  {text}")
 
     def line(self, what, text=""):
         """A receipt that does not tear the bar."""

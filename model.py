@@ -260,6 +260,11 @@ def sum_loss(h, weight, where, targets, scale=1.0, fused=True):
     return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, reduction="sum") * scale
 
 
+def logits(model, h):
+    """[..., C] -> [..., V]"""
+    return F.linear(h, model.lm_head.weight.to(h.dtype))
+
+
 # --- loading ---
 
 

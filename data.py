@@ -1,0 +1,376 @@
+"""From a heap of recipes to batches on the device.
+
+    python data.py                                    # the default recipes: read, cleaned, tokenised; prints the account
+    python data.py --data mine.jsonl more.csv         # your own, in any of the formats of recipes.py
+    python data.py --show 3                           # three recipes as the model sees them, target tokens coloured
+    python data.py --json                             # the account for programs
+
+Follow one recipe: recipes.py reads and cleans it, `prepare` tokenises it once into a memory-mapped file, `plan` says which
+batch of which step it is in, `collate` pads that batch, `feed` copies it to the device while the one before is computed.
+"""
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections import namedtuple
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import convert
+import numpy as np
+from tokenizers import Tokenizer
+
+import cli
+import recipes
+from cli import UserError, say
+
+
+@dataclass
+class Data:
+    model: str = ""                    # base model: folder, .gguf file or org/name on the hub; empty: SmolLM2-135M-Instruct
+    data: list[str] = field(default_factory=list)      # recipe files (.json .jsonl .jsonl.gz .csv); none: the Wikibooks Cookbook
+    val_data: list[str] = field(default_factory=list)  # files of held-out recipes; none: a share of --data is held out
+    val_recipes: int = 64              # recipes held out of training, on which val_loss is measured
+    max_len: int = 1024                # tokens; a longer recipe is dropped and counted, never cut
+    mask_prompt: bool = False          # train on the completion only: for recipes, all that follows the title
+    batching: Literal["random", "sorted"] = "sorted"  # sorted: batches of equal lengths, shuffled; a saw-like loss is normal
+    batch_size: int = 8                # recipes in a micro-batch
+    batch_tokens: int = 0              # in place of batch_size: padded tokens in a micro-batch, short recipes in wide ones
+    allow_bad: float = 0.01            # share of rows that may be broken
+    clean: bool = True                 # apply the rules; --no-clean takes every recipe as it is
+    seed: int = 1                      # of the held-out choice, the order of batches, the adapter's start and dropout
+    cache: str = ".cache"              # downloads, converted models, tokens; beside the code unless absolute
+
+
+def check(cfg):
+    """Out-of-range data flags, said before anything is loaded."""
+    big = float("inf")
+    cli.bound(cfg, val_recipes=(1, big), max_len=(2, big), batch_size=(1, big), batch_tokens=(0, big), allow_bad=(0, 1),
+              seed=(0, 2**63))
+
+
+def cache_folder(cfg):
+    return Path(__file__).parent / cfg.cache
+
+
+# --- tokens ---
+
+
+class Text:
+    """The tokenizer of a model folder, with the special tokens that training and sampling need."""
+
+    def __init__(self, folder):
+        self.path = Path(folder) / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(self.path))
+        except Exception as e:  # noqa: BLE001 (the library raises plain Exception)
+            raise UserError(f"{self.path} cannot be read ({e}).") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.encode_special_tokens = True  # "<|im_end|>" inside somebody's recipe is text, not the end token
+        def read(name):
+            path = Path(folder) / name
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tokens, config, generation = read("tokenizer_config.json"), read("config.json"), read("generation_config.json")
+        ends = [e for c in (config, generation) for e in np.atleast_1d(c.get("eos_token_id") or []).tolist()]
+        eos = tokens.get("eos_token")
+        eos = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
+        if eos is None and not ends:
+            raise UserError(f"{folder} names no end token (eos_token_id in config.json, eos_token in tokenizer_config.json).")
+        self.end = ends[0] if eos is None else eos  # what every recipe ends with
+        self.ends = {self.end, *ends}               # what stops sampling
+        bos = config.get("bos_token_id")
+        first = self.tokenizer.encode("a").ids[:1]  # with the tokenizer's own post-processor
+        self.bos = [bos] if bos is not None and first == [bos] else []
+        self.vocab_size = config.get("vocab_size") or self.tokenizer.get_vocab_size()
+        self.window = config.get("max_position_embeddings", 2048)
+
+    def encode(self, texts):
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def prompt(self, prompt, completion=""):
+        """Tokens of a prompt, and of a completion's beginning, cut where training cuts: tokenised apart and joined."""
+        a, b = self.encode([prompt, completion])
+        return self.bos + a + b
+
+    def decode(self, ids):
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+ROW = np.dtype([("start", "u8"), ("length", "u4"), ("prompt", "u4"), ("key", "u8")])
+
+
+def cache_key(files, cfg, rules, text):
+    """Changes with the sources, the rules, the tokenizer and the code that makes the tokens."""
+    here = Path(__file__).parent
+    what = [[(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in files], cfg.clean and asdict(rules), cfg.allow_bad,
+            text.bos, text.end] + [hashlib.sha256(p.read_bytes()).hexdigest()
+                                   for p in (text.path, here / "recipes.py", here / "data.py")]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def tokenise(files, cfg, rules, text):
+    """Read, clean and tokenise once. -> a cache folder with tokens.bin, rows.npy and account.json, reused when nothing changed."""
+    root = cache_folder(cfg) / "tokens"
+    done = root / cache_key(files, cfg, rules, text)
+    if done.exists():
+        return done
+    part = root / f"{done.name}.{os.getpid()}.part"  # renamed when it is whole: a killed preparation starts clean
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        account, rows, start = recipes.Account(), [], 0
+        heap = recipes.read(files, account, cfg.allow_bad)
+        if cfg.clean:
+            heap = recipes.clean(heap, rules, account)
+        bar = cli.Progress(None, "tokenise")
+        with open(part / "tokens.bin", "wb") as out:
+            while chunk := [r for _, r in zip(range(2048), heap)]:
+                texts = [r.text() for r in chunk]
+                prompts, completions = text.encode([p for p, _ in texts]), text.encode([c for _, c in texts])
+                for r, p, c in zip(chunk, prompts, completions):
+                    ids = [*text.bos, *p, *c, text.end]
+                    out.write(np.array(ids, dtype="<u4").tobytes())
+                    rows.append((start, len(ids), len(text.bos) + len(p), recipes.key(r)))
+                    start += len(ids)
+                bar.step(len(chunk))
+        bar.close()
+        np.save(part / "rows.npy", np.array(rows, dtype=ROW))
+        (part / "account.json").write_text(json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8")
+        part.rename(done)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return done
+
+
+class Heap:
+    """Tokenised recipes: tokens (memory-mapped), one row of `rows` a recipe, and which rows train and which are held out."""
+
+    def __init__(self, folder):
+        self.tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r") if (folder / "tokens.bin").stat().st_size else []
+        self.rows = np.load(folder / "rows.npy")
+        self.account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
+
+    def ids(self, i):
+        start, length = int(self.rows["start"][i]), int(self.rows["length"][i])
+        return self.tokens[start:start + length].astype(np.int64)
+
+    def lengths(self, which):
+        return self.rows["length"][which].astype(np.int64)
+
+    def drop_long(self, max_len, text):
+        """Count and forget what is longer than max_len: the last rule, since it needs the tokens."""
+        long = np.flatnonzero(self.rows["length"] > max_len)
+        self.account["dropped"]["max_len"] = len(long)
+        self.account["examples"]["max_len"] = [
+            f"{text.decode(self.ids(i)[:self.rows['prompt'][i]])[:60]}: {self.rows['length'][i]} tokens" for i in long[:3]]
+        self.rows = np.delete(self.rows, long)
+        self.account["kept"] = len(self.rows)
+        if not len(self.rows):
+            took = {**self.account["dropped"]}
+            most = max(took, key=took.get)
+            raise UserError(f"no recipe is left of {self.account['read']} read: {most} took {took[most]}. "
+                            "Loosen that bound (--help lists them).")
+
+
+def prepare(cfg, rules, folder):
+    """(Heap, Heap of the held-out recipes, Text). With --val_data the second is a heap of its own, else the same one.
+    heap.train and heap.val are the row numbers; no recipe of val has a duplicate in train."""
+    text = Text(folder)
+    if cfg.max_len > text.window:
+        raise UserError(f"--max_len {cfg.max_len} is beyond the {text.window} positions of this model.")
+    files = [Path(f).resolve() for f in cfg.data] or [convert.default_recipes(cache_folder(cfg))]
+
+    def load(files):
+        for f in files:
+            if not f.is_file():
+                raise UserError(f"--data: {f} is no file.")
+        heap = Heap(tokenise(files, cfg, rules, text))
+        heap.drop_long(cfg.max_len, text)
+        return heap
+
+    heap = load(files)
+    if cfg.val_data:
+        held = load([Path(f).resolve() for f in cfg.val_data])
+        held.val = np.random.default_rng(cfg.seed).permutation(len(held.rows))[:cfg.val_recipes]
+        heap.train = np.flatnonzero(~np.isin(heap.rows["key"], held.rows["key"]))
+    else:
+        held = heap
+        out = recipes.held_out(heap.rows["key"], cfg.val_recipes, cfg.seed)
+        heap.train, held.val = np.flatnonzero(~out), np.flatnonzero(out)
+    if not len(heap.train) or not len(held.val):
+        raise UserError(f"{len(heap.rows)} recipe(s) are too few to train on and to hold some out: "
+                        "bring more recipes, or a file of their own with --val_data.")
+    return heap, held, text
+
+
+# --- batches ---
+
+
+def cut(order, lengths, batch_size, batch_tokens):
+    """Consecutive recipes of `order` as batches: batch_size recipes, or as many as fit into batch_tokens when padded."""
+    if not batch_tokens:
+        return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    batches, begin, widest = [], 0, 0
+    for i, length in enumerate(lengths[order].tolist()):
+        widest = max(widest, length)
+        if length > batch_tokens:
+            raise UserError(f"--batch_tokens {batch_tokens} is less than the longest recipe ({length} tokens): "
+                            "raise it, or lower --max_len.")
+        if widest * (i + 1 - begin) > batch_tokens:
+            batches.append(order[begin:i])
+            begin, widest = i, length
+    return [*batches, order[begin:]]
+
+
+def plan(lengths, cfg, epoch, grad_accum=1):
+    """An epoch: a list of steps, a step a list of grad_accum micro-batches, a micro-batch an array of positions in `lengths`.
+
+    A pure function of its arguments and the seed. Every recipe is there once. The step with the widest batch comes first, so
+    that running out of memory shows at once (lit-llama's length_grouped_sampler does the same). Micro-batches of a step are
+    neighbours: N of batch B hold what one of batch N x B holds, so accumulation changes no loss."""
+    rng = np.random.default_rng([cfg.seed, epoch])
+    order = rng.permutation(len(lengths))
+    if cfg.batching == "sorted":
+        order = order[np.argsort(-lengths[order], kind="stable")]  # equal lengths stay in random order
+    batches = cut(order, lengths, cfg.batch_size, cfg.batch_tokens)
+    steps = [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
+    if cfg.batching == "sorted":
+        rng.shuffle(steps)
+    widest = max(range(len(steps)), key=lambda i: sum(len(b) * lengths[b].max() for b in steps[i]))
+    steps[0], steps[widest] = steps[widest], steps[0]
+    return steps
+
+
+def padding(lengths, cfg):
+    """Share of an epoch's tokens that are padding."""
+    padded = sum(len(b) * lengths[b].max() for step in plan(lengths, cfg, 0) for b in step)
+    return 1 - lengths.sum() / padded
+
+
+# ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens; real: inputs
+# that are no padding; rows: which recipes
+Batch = namedtuple("Batch", "ids where targets real rows")
+
+
+def first_target(heap, i, mask_prompt, bos):
+    """Index in the recipe of its first target token. BOS is never one, and nothing predicts the first token without it."""
+    return max(1, int(heap.rows["prompt"][i]) if mask_prompt else len(bos))
+
+
+def count_targets(heap, rows, mask_prompt, bos):
+    return sum(int(heap.rows["length"][i]) - first_target(heap, i, mask_prompt, bos) for i in rows)
+
+
+def collate(heap, rows, mask_prompt, bos):
+    """Recipes as one padded Batch on the CPU. Padding is told by length, never by id: a model may pad with its end token."""
+    import torch
+    tokens = [heap.ids(i) for i in rows]
+    T = max(len(t) for t in tokens) - 1
+    ids, where, targets = np.zeros((len(rows), T), dtype=np.int64), [], []
+    for b, (i, t) in enumerate(zip(rows, tokens)):
+        ids[b, :len(t) - 1] = t[:-1]
+        first = first_target(heap, i, mask_prompt, bos)
+        where.append(np.arange(b * T + first - 1, b * T + len(t) - 1))
+        targets.append(t[first:])
+    where, targets = np.concatenate(where), np.concatenate(targets)
+    if not len(targets):
+        raise UserError(f"a batch has no target token: recipe(s) {[int(i) for i in rows]} of the heap are all prompt.")
+    return Batch(torch.from_numpy(ids), torch.from_numpy(where), torch.from_numpy(targets), sum(len(t) - 1 for t in tokens), rows)
+
+
+def feed(heap, batches, device, mask_prompt, bos, ahead=4):
+    """Batches on the device, in order. A thread collates and pins them `ahead` of need, so the GPU never waits for one."""
+    ready, stop = queue.Queue(maxsize=ahead), threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work():
+        try:
+            for rows in batches:
+                batch = collate(heap, rows, mask_prompt, bos)
+                put(batch._replace(**{k: getattr(batch, k).pin_memory() for k in ("ids", "where", "targets")})
+                    if device.type == "cuda" else batch)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as e:  # noqa: BLE001 (handed to whoever waits for the batch)
+            put(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (batch := ready.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            yield batch._replace(**{k: getattr(batch, k).to(device, non_blocking=True) for k in ("ids", "where", "targets")})
+    finally:
+        stop.set()
+        thread.join()
+
+
+# --- python data.py ---
+
+
+@dataclass
+class Show:
+    json: bool = False                 # the account as JSON on stdout
+    show: int = 0                      # print this many recipes with their target tokens coloured
+
+
+def full_account(heap, held, cfg):
+    """Everything that data.py prints, as one dict."""
+    lengths = heap.lengths(slice(None))
+    train = heap.lengths(heap.train)
+    share = {kind: padding(train, Data(**{**asdict(cfg), "batching": kind})) for kind in ("random", "sorted")}
+    return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()),
+            "lengths": {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)},
+            "padding": {k: round(float(v), 4) for k, v in share.items()}, "batch_size": cfg.batch_size,
+            "batch_tokens": cfg.batch_tokens}
+
+
+def print_account(a):
+    say("read", f"{a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")
+    for example in a["bad_examples"]:
+        say("", f"    bad: {example}")
+    for rule, count in a["dropped"].items():
+        say("dropped", f"{count:>7}  {rule}")
+        for example in a["examples"].get(rule, []):
+            say("", f"             {example}")
+    say("kept", f"{a['kept']} recipes, {a['held_out']} held out")
+    say("tokens", f"{a['tokens']:,}; a recipe has " + ", ".join(f"{v} ({k})" for k, v in a["lengths"].items()))
+    size = f"{a['batch_tokens']} tokens" if a["batch_tokens"] else f"{a['batch_size']} recipes"
+    say("padding", f"batches of {size}: random {a['padding']['random']:.1%}, sorted {a['padding']['sorted']:.2%}")
+
+
+def show(heap, text, cfg, n):
+    """Print recipes as the model sees them: green what it is trained to write, grey what it only reads."""
+    rng = np.random.default_rng(cfg.seed)
+    for i in rng.permutation(heap.train)[:n]:
+        ids, first = heap.ids(i), first_target(heap, i, cfg.mask_prompt, text.bos)
+        raw = [text.tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in (ids[:first], ids[first:])]
+        print(f"\033[90m{raw[0]}\033[0m\033[32m{raw[1]}\033[0m\n")
+
+
+def main():
+    cfg, rules, what = cli.parse(__doc__, Data, recipes.Rules, Show)
+    check(cfg)
+    heap, held, text = prepare(cfg, rules, convert.resolve(cfg.model, cache_folder(cfg)))
+    if what.show:
+        show(heap, text, cfg, what.show)
+        return
+    account = full_account(heap, held, cfg)
+    print_account(account)
+    if what.json:
+        print(json.dumps(account, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,321 @@
+"""The heap: read recipes from files, repair them, drop the bad ones, account for every drop, hold some out.
+
+Nothing here holds the heap: `read` and `clean` are generators, and what they remember is one 8-byte key a recipe.
+In a notebook:
+
+    from recipes import Account, Rules, clean, read
+    account = Account()
+    heap = list(clean(read(["full_dataset.csv", "mine.jsonl.gz"], account), Rules(), account))
+    print(account.read, account.bad, account.kept, account.dropped)
+    print("".join(heap[0].text()))
+"""
+import csv
+import gzip
+import hashlib
+import html
+import io
+import json
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cli import UserError
+
+
+@dataclass(slots=True)
+class Recipe:
+    """A recipe as lists or, where `completion` is not None, any other text that people bring."""
+    title: str = ""
+    ingredients: list[str] = field(default_factory=list)
+    directions: list[str] = field(default_factory=list)
+    prompt: str | None = None
+    completion: str | None = None
+
+    def text(self):
+        """(prompt, completion): the title line without its newline, and everything from the two newlines on."""
+        if self.completion is not None:
+            return self.prompt, self.completion
+        ingredients = "".join(f"\n- {item}" for item in self.ingredients)
+        directions = "".join(f"\n{n}. {step}" for n, step in enumerate(self.directions, 1))
+        return self.title, f"\n\nIngredients:{ingredients}\n\nDirections:{directions}"
+
+
+@dataclass
+class Account:
+    """What became of every row: read + bad are the rows of the source, read = kept + the sum of dropped."""
+    read: int = 0
+    bad: int = 0  # rows that are no recipe: broken JSON, wrong fields
+    repaired: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 0))
+    examples: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in RULES})  # three a rule
+    bad_examples: list[str] = field(default_factory=list)  # the first three, as "file:line: why"
+
+    def drop(self, rule, recipe, why):
+        """Count a recipe for a rule, and keep the first three to show."""
+        self.dropped[rule] = self.dropped.get(rule, 0) + 1
+        if len(self.examples.setdefault(rule, [])) < 3:
+            title = " ".join((recipe.title or recipe.prompt or recipe.completion or "").split())
+            self.examples[rule].append(f"{title[:60] or '(no title)'}: {why}")
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------------
+
+class BadRow(Exception):
+    """Why a row is no recipe. It travels in the place of a value, so that one bad row does not end its file."""
+
+
+def read(paths, account, allow_bad=0.01):
+    """The recipes of several files as one heap, as they are. Bad rows are counted in the account and skipped; if their
+    share is above `allow_bad`, that is a UserError after the last row. Who goes without `clean` sets account.kept."""
+    paths = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    kinds = [Path(path.name.lower().removesuffix(".gz")).suffix for path in paths]
+    for path, kind in zip(paths, kinds):  # all of them before the first row: a typo in the last should cost no time
+        if not path.exists():
+            raise UserError(f"{path} does not exist: --data takes files of recipes.")
+        if path.is_dir() or kind not in FORMATS:
+            what = "is a folder" if path.is_dir() else "has another ending"
+            raise UserError(f"{path} {what}: --data takes {', '.join(FORMATS)} files, each also with .gz behind it.")
+    for path, kind in zip(paths, kinds):
+        try:
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                for line, row in FORMATS[kind](file, path):
+                    try:
+                        recipe = _recipe(row)
+                    except (BadRow, RecursionError) as why:
+                        account.bad += 1
+                        if len(account.bad_examples) < 3:
+                            account.bad_examples.append(f"{path}:{line}: {why}")
+                    else:
+                        account.read += 1
+                        yield recipe
+        except (EOFError, zlib.error, OSError, csv.Error) as e:  # mostly gzip that is cut off, corrupt, or none
+            raise UserError(f"{path} cannot be read to its end: {e}. Fetch it again if it was cut off.") from e
+    rows = account.read + account.bad
+    if rows == 0:
+        raise UserError(f"There is no row in {', '.join(map(str, paths))}.")
+    if account.bad > allow_bad * rows:
+        raise UserError(f"{account.bad:,} of {rows:,} rows ({account.bad / rows:.1%}) are no recipes: "
+                        f"{'; '.join(account.bad_examples)}. Repair them, or allow a larger share with --allow_bad.")
+
+
+def _json_rows(file, path):
+    """(entry number, row) of a JSON file: a list of rows, or an object of them."""
+    try:
+        heap = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as e:  # ValueError: broken JSON or UTF-8, and the message says where
+        raise UserError(f"{path} is broken JSON: {e}.") from e
+    heap = list(heap.values()) if isinstance(heap, dict) else heap
+    return enumerate(heap if isinstance(heap, list) else [heap], 1)
+
+
+def _jsonl_rows(file, path):
+    """(line number, row) of bytes, which are cut at \\n only: in text a U+2028 inside a string may end a line too."""
+    return ((n, _json(line, "the line")) for n, line in enumerate(file, 1))
+
+
+def _csv_rows(file, path):
+    """(number of its first line, row) of a CSV in the columns of RecipeNLG, where a list is JSON inside its cell."""
+    csv.field_size_limit(2**31 - 1)
+    # surrogateescape: a byte that is no UTF-8 spoils its own row (see _recipe) and not the rest of the file
+    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+    header = next(reader, [])
+    missing = [name for name in ("title", "ingredients", "directions") if name not in header]
+    if missing:
+        found = repr([name[:40] for name in header[:12]])  # repr: the bytes may be anything
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; its first line has {found}.")
+    line = reader.line_num + 1
+    for cells in reader:
+        if len(cells) == len(header):
+            row = dict(zip(header, cells))
+            yield line, row | {name: _json(row[name], f"`{name}`") for name in ("ingredients", "directions")}
+        else:
+            yield line, BadRow(f"{len(cells)} cells under {len(header)} columns" if cells else "an empty line")
+        line = reader.line_num + 1
+
+
+FORMATS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+
+
+def _json(text, what):
+    """The value of a JSON text (or of its bytes), or a BadRow in its place."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as e:  # ValueError: broken JSON, broken UTF-8, a number of 5,000 digits
+        why = getattr(e, "msg", e) if text.strip() else "it is empty"
+        return BadRow(f"{what} is no JSON in UTF-8 ({why})")
+
+
+def _recipe(row):
+    """The Recipe of a JSON object; BadRow if it is none."""
+    if isinstance(row, BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise BadRow(f"no JSON object but {row!r:.40}")
+    steps = "steps" if "steps" in row and "directions" not in row else "directions"  # the Wikibooks file says steps
+    if "ingredients" in row or steps in row:
+        recipe = Recipe(_field(row, "title"), _field(row, "ingredients", many=True), _field(row, steps, many=True))
+    elif "completion" in row:
+        recipe = Recipe(prompt=_field(row, "prompt"), completion=_field(row, "completion"))
+    elif "text" in row:
+        recipe = Recipe(prompt="", completion=_field(row, "text"))
+    else:
+        raise BadRow("it has neither title, ingredients and directions nor text nor prompt and completion")
+    try:
+        "".join(recipe.text()).encode()
+    except UnicodeEncodeError as e:  # no tokenizer takes it
+        raise BadRow("a lone surrogate, or bytes that are no UTF-8") from e
+    return recipe
+
+
+def _field(row, name, many=False):
+    """The text under a name or, with `many`, the list of texts."""
+    value = row.get(name, BadRow(f"`{name}` is missing"))
+    if isinstance(value, BadRow):
+        raise value
+    if isinstance(value, list) != many or not all(isinstance(text, str) for text in (value if many else [value])):
+        raise BadRow(f"`{name}` is no {'list of texts' if many else 'text'} but {value!r:.40}")
+    return value
+
+
+# ---- repairing: what can be mended is not dropped -----------------------------------------------------------------------
+
+# List marks, which the text format adds again: "- x", "* x", "1. x", and a wiki's "*x", "*#x" and "#x". Not marks: "*so*
+# good" and "**so** good" (emphasis), "#10 tin", "1.5 cups", and "1. 5 cups" (a decimal point with a space slipped in).
+MARK = re.compile(r"^(?:[-–—•*](?:\s+|$)|\*#?(?![^*]*\*)\s*|#+\s*(?=[^\W\d_])|\d{1,2}[.)](?:\s+(?!\d)|$))")
+
+
+def tidy(text):
+    """Entities become characters (&frac12; is ½), and any run of white space (a no-break one too) a single space."""
+    return " ".join(html.unescape(text).split())
+
+
+def repair(recipe):
+    """The recipe with tidy texts and without list marks and empty items; the same object if there was nothing to do."""
+    if recipe.completion is not None:  # a text that is no recipe is its owner's: its white space may mean something
+        return recipe
+    ingredients, directions = ([item for item in (MARK.sub("", tidy(text)) for text in texts) if item]
+                               for texts in (recipe.ingredients, recipe.directions))
+    fixed = Recipe(tidy(recipe.title), ingredients, directions)
+    return recipe if fixed == recipe else fixed
+
+
+# ---- the rules: each says why a recipe should go, or "" -----------------------------------------------------------------
+
+@dataclass
+class Rules:
+    """The bounds. Stubs teach a model to stop early; a list of thirty ingredients is mostly several recipes in one."""
+    min_words: int = 25        # drop recipes of fewer words (title, ingredients and directions)
+    max_words: int = 600       # drop recipes of more words
+    min_ingredients: int = 2   # drop recipes of fewer ingredients
+    max_ingredients: int = 25  # drop recipes of more ingredients
+    min_steps: int = 2         # drop recipes of fewer steps
+
+
+@dataclass
+class Heap:
+    """What a rule may know besides the recipe: the bounds, and what came before."""
+    rules: Rules
+    seen: set[int] = field(default_factory=set)  # keys
+
+
+def _outside(n, what, low=0, high=float("inf")):
+    return "" if low <= n <= high else f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _words(recipe):
+    parts = [recipe.title, *recipe.ingredients, *recipe.directions, recipe.prompt or "", recipe.completion or ""]
+    return len(" ".join(parts).split())
+
+
+def no_title(recipe, heap):
+    """The title is empty: there would be nothing to ask the model for."""
+    return "" if recipe.title else "no title"
+
+def too_short(recipe, heap):
+    """Fewer words than min_words."""
+    return _outside(_words(recipe), "word", low=heap.rules.min_words)
+
+def too_long(recipe, heap):
+    """More words than max_words."""
+    return _outside(_words(recipe), "word", high=heap.rules.max_words)
+
+def few_ingredients(recipe, heap):
+    """Fewer than min_ingredients."""
+    return _outside(len(recipe.ingredients), "ingredient", low=heap.rules.min_ingredients)
+
+def many_ingredients(recipe, heap):
+    """More than max_ingredients."""
+    return _outside(len(recipe.ingredients), "ingredient", high=heap.rules.max_ingredients)
+
+def few_steps(recipe, heap):
+    """Fewer than min_steps."""
+    return _outside(len(recipe.directions), "step", low=heap.rules.min_steps)
+
+def duplicate(recipe, heap):
+    """The content of an earlier recipe. The last rule, so that only what stays can make another one a duplicate."""
+    k = key(recipe)
+    if k in heap.seen:
+        return "same content as an earlier one"
+    heap.seen.add(k)
+    return ""
+
+
+# In this order: the first rule that a recipe fails counts it.
+RULES = {rule.__name__: rule for rule in
+         (no_title, too_short, too_long, few_ingredients, many_ingredients, few_steps, duplicate)}
+ANY_TEXT = {"too_short", "too_long", "duplicate"}  # the rules that make sense for a text that is no recipe
+
+
+def clean(recipes, rules, account):
+    """Repair each recipe, drop it by the first rule that it fails, yield the rest; all of it counted in the account."""
+    heap = Heap(rules)
+    for recipe in recipes:
+        fixed = repair(recipe)
+        account.repaired += fixed is not recipe
+        for name, rule in RULES.items():
+            why = rule(fixed, heap) if fixed.completion is None or name in ANY_TEXT else ""
+            if why:
+                account.drop(name, fixed, why)
+                break
+        else:
+            account.kept += 1
+            yield fixed
+
+
+def key(recipe):
+    """64 bits that recipes of the same content share: ingredients and directions without case and white space (another
+    title makes no other recipe), or a text exactly as it is."""
+    if recipe.completion is None:
+        content = " ".join(" ".join(recipe.ingredients + recipe.directions).casefold().split())
+    else:
+        content = f"{recipe.prompt}\0{recipe.completion}"
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+
+
+def held_out(keys, n, seed):
+    """Which recipes are kept from training, as booleans: as near to n as can be, never more than half of the heap.
+
+    Recipes that share a key stay on one side, else the held-out loss would praise memory. The choice hangs on keys, n
+    and seed alone: files in another order, or a few more recipes, leave (nearly) the same ones held out."""
+    groups, group_of, sizes = np.unique(np.asarray(keys, dtype=np.uint64), return_inverse=True, return_counts=True)
+    x = groups + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)  # splitmix64, the same with every version of numpy:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)   # it gives each key a number, and each seed its own
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)   # order of the groups
+    order = np.argsort(x ^ (x >> np.uint64(31)))
+
+    half = len(group_of) // 2
+    n, total, out = max(0, min(n, half)), 0, np.zeros(len(groups), dtype=bool)
+    for g in order:  # the first groups that fit
+        if total == n:
+            break
+        if total + sizes[g] <= n:
+            out[g], total = True, total + sizes[g]
+    left = order[~out[order]]
+    if total < n and len(left):  # all that is left is too large: the smallest of it may still come nearer
+        g = left[np.argmin(sizes[left])]
+        out[g] = total + sizes[g] - n < n - total and total + sizes[g] <= half
+    return out[group_of]

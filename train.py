@@ -1,0 +1,440 @@
+"""Fine-tune a Llama-architecture model to write recipes, on one GPU or a laptop.
+
+    python train.py                                            # SmolLM2-135M on the Wikibooks Cookbook; needs nothing else
+    python train.py --lora_r 16 --compile --grad_ckpt          # the same, compiled, with little memory
+    python train.py --model meta-llama/Llama-3.1-8B --data full_dataset.csv
+    python train.py --max_steps 3 --val_recipes 8 --max_len 128  # a smoke test
+    python train.py --resume --max_steps 200                   # go on where out/ stopped
+
+Read in this order: recipes.py -> data.py (a batch), model.py -> quant.py -> lora.py (a gradient), then this file.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import cli
+import convert
+import data
+import lora
+import model as models
+import quant
+import recipes
+import state
+from cli import UserError, say
+from sample import generate
+
+
+@dataclass
+class Config(data.Data):  # data.py has the flags of the data: --model --data … --batch_tokens --seed --cache
+    out: str = "out"                   # the run's folder: adapter, best/, metrics.jsonl, curve.png, state to resume from
+    resume: bool = False               # go on with the run in --out, with its flags
+    init_adapter: str = ""             # begin with this adapter (PEFT format) in place of an untrained one
+    device: str = "auto"               # cuda, mps, cpu
+    # --- adapter ---
+    lora_r: int = 16                   # rank; 0 trains all weights
+    lora_alpha: int = 32               # the adapter's output is scaled by alpha / r
+    lora_dropout: float = 0.0          # on the adapter's input
+    lora_targets: str = "all"          # all, or layers with commas: q_proj,v_proj
+    rslora: bool = False               # scale by alpha / sqrt(r)
+    # --- speed and memory: each can be switched off; the ladder in README.md has what each buys ---
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of weights and arithmetic -> quant.py
+    attn: Literal["naive", "flash"] = "flash"  # flash: the scores are never held -> model.py
+    fused_loss: bool = True            # the logits are never held in full -> model.py
+    grad_ckpt: bool = False            # keep one tensor a block, compute the block again in backward
+    compile: bool = False              # torch.compile, one graph for all blocks and lengths
+    optim: Literal["adamw"] = "adamw"  # the optimiser
+    grad_accum: int = 1                # micro-batches a step: the gradient of one batch that many times larger
+    # --- schedule ---
+    lr: float = 2e-4                   # peak learning rate; cosine to 0 after the warm-up
+    warmup_steps: int = 10             # steps in which it rises
+    weight_decay: float = 0.0          # AdamW's
+    grad_clip: float = 1.0             # largest norm of the gradient; 0: no limit
+    max_steps: int = 60                # optimiser steps; 0: --epochs decides
+    epochs: int = 1                    # passes over the heap, where --max_steps is 0
+    patience: int = 0                  # stop after this many evaluations without progress; 0: never
+    # --- watching ---
+    eval_every: int = 30               # steps between evaluations on the held-out recipes
+    save_every: int = 50               # steps between saves of adapter and state
+
+
+# what a resumed run may change: everything else would make it another run
+FREE = {"out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter", "attn", "fused_loss", "grad_ckpt", "compile",
+        "max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"}
+
+
+def check(cfg):
+    """Out-of-range flags, said before anything is loaded."""
+    data.check(cfg)
+    big = float("inf")
+    cli.bound(cfg, lora_r=(0, big), lora_alpha=(1, big), lora_dropout=(0, 0.99), grad_accum=(1, big), lr=(0, 1), warmup_steps=(0, big),
+              weight_decay=(0, 1), grad_clip=(0, big), max_steps=(0, big), epochs=(1, big), patience=(0, big), eval_every=(1, big),
+              save_every=(1, big))
+
+
+# --- 1. the model: frozen, with an adapter; or all of it ---
+
+
+def build(cfg, folder, device):
+    """(model, {name: trained parameter}, autocast for --lora_r 0). One receipt a flag."""
+    kept, compute, why = quant.pick_dtype(cfg.dtype, device)
+    say("dtype", f"{str(kept)[6:]} ({why})")
+    say("attn", {"flash": "scaled_dot_product_attention: scores are never held", "naive": "four plain lines"}[cfg.attn])
+    if cfg.lora_r:
+        model = models.load(folder, device, kept, quant.plain, flash=cfg.attn == "flash")
+        model.dtype = compute
+        if cfg.init_adapter:
+            have = lora.read_config(cfg.init_adapter)
+            if (have["r"], have["alpha"], have["rslora"]) != (cfg.lora_r, cfg.lora_alpha, cfg.rslora):
+                raise UserError(f"--init_adapter {cfg.init_adapter} has r {have['r']}, alpha {have['alpha']}, rslora {have['rslora']}: "
+                                "give --lora_r, --lora_alpha and --rslora the same values.")
+        layers = lora.adapt(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.rslora, cfg.seed)
+        params = lora.parameters(model)
+        if cfg.init_adapter:
+            lora.fill(model, lora.read_tensors(cfg.init_adapter))
+        say("lora", f"r={cfg.lora_r} on {len(layers)} layers: {sum(p.numel() for p in params.values()):,} trained parameters"
+            + (f", from {cfg.init_adapter}" if cfg.init_adapter else ""))
+        autocast = contextlib.nullcontext()
+    else:  # fp32 masters: bf16 would lose most of Adam's steps; autocast makes the arithmetic bf16
+        model = models.load(folder, device, torch.float32, flash=cfg.attn == "flash")
+        params = {models.hf_name(name): p for name, p in model.named_parameters()}
+        say("lora", f"off: all {sum(p.numel() for p in params.values()):,} weights are trained, in fp32")
+        autocast = torch.autocast(device.type, compute, enabled=compute != torch.float32)
+    if cfg.grad_ckpt:  # Chen et al. 2016: of each block only its input is kept
+        model.around = partial(checkpoint, use_reentrant=False, preserve_rng_state=cfg.lora_dropout > 0)
+        say("grad_ckpt", f"{len(model.layers)} blocks keep one tensor each and are computed again in backward")
+    if cfg.compile:  # one block is small and all are alike: one graph, for every length
+        for block in model.layers:
+            block.compile(dynamic=True)
+        say("compile", "each block, one graph for all lengths; the first step takes longer")
+    return model, params, autocast
+
+
+# --- 2. checks of the classic silent mistakes ---
+
+
+def check_data(cfg, heap, text):
+    """The end token is a target, BOS is there once, and how much is trained on; an error where one fails."""
+    sample = heap.train[:256]
+    targets = 0
+    for i in sample:
+        ids, first = heap.ids(i), data.first_target(heap, i, cfg.mask_prompt, text.bos)
+        if ids[-1] != text.end or first >= len(ids):
+            raise UserError(f"recipe {i} does not end in the end token as a target: the model would never learn to stop.")
+        if text.bos and (ids[0] != text.bos[0] or (ids[1:] == text.bos[0]).any()):
+            raise UserError(f"recipe {i} does not begin with exactly one BOS token.")
+        targets += len(ids) - first
+    share = targets / heap.lengths(sample).sum()
+    say("check", f"end token {text.end} ends {len(sample)} of {len(sample)} rows, as a target")
+    say("check", f"BOS: {'exactly one' if text.bos else 'this tokenizer has none'}")
+    say("check", f"{heap.account['dropped']['max_len']} recipes dropped for --max_len {cfg.max_len}; {share:.0%} of tokens are targets")
+
+
+def check_gradients(model, params):
+    """After the first backward: a LoRA that is not trained looks like a run that learns slowly."""
+    wrong = [name for name, p in params.items() if p.grad is None or not p.grad.isfinite().all()
+             or ".lora_B." in name and not p.grad.any()]
+    if wrong:
+        raise UserError(f"{len(wrong)} trained tensor(s) got no usable gradient, the first is {wrong[0]}.")
+    trained = {id(p) for p in params.values()}
+    leaked = [name for name, p in model.named_parameters() if id(p) not in trained and p.grad is not None]
+    if leaked:
+        raise UserError(f"{leaked[0]} is frozen and got a gradient.")
+    say("check", f"all {len(params)} trained tensors get a gradient, no frozen one does")
+
+
+# --- 3. schedule and plan: pure functions of the step ---
+
+
+def lr_at(step, total, cfg):
+    """Learning rate of step 1, 2, … total: linear warm-up, then half a cosine. Never 0, not even at the first step."""
+    if step <= cfg.warmup_steps:
+        return cfg.lr * step / (cfg.warmup_steps + 1)
+    done = (step - 1 - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+
+
+def steps_of_run(heap, cfg):
+    """The recipes of step 1, 2, …: a list of micro-batches each, epoch after epoch without end. No step mixes two epochs."""
+    lengths = heap.lengths(heap.train)
+    for epoch in itertools.count():
+        for step in data.plan(lengths, cfg, epoch, cfg.grad_accum):
+            yield [heap.train[rows] for rows in step]
+
+
+def count_steps(heap, cfg):
+    lengths = heap.lengths(heap.train)
+    return cfg.max_steps or sum(len(data.plan(lengths, cfg, epoch, cfg.grad_accum)) for epoch in range(cfg.epochs))
+
+
+# --- 4. evaluation ---
+
+
+@torch.no_grad()
+def evaluate(model, held, cfg, text, device, autocast):
+    """Held-out loss per target token, through the same loss as training: a fused one never holds the logits here either."""
+    lengths = held.lengths(held.val)
+    order = (-lengths).argsort(kind="stable")
+    total, count = 0.0, 0
+    model.eval()
+    batches = [held.val[rows] for rows in data.cut(order, lengths, cfg.batch_size, cfg.batch_tokens)]
+    for batch in data.feed(held, batches, device, cfg.mask_prompt, text.bos):
+        with autocast:
+            total += models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets, fused=cfg.fused_loss).item()
+        count += len(batch.targets)
+    model.train()
+    return total / count
+
+
+def write_recipe(model, text, title, cfg):
+    """One recipe of the model as it is now, on stdout."""
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # the compiled graphs are for training's shapes
+        out, ended = generate(model, [text.prompt(title)], text.ends, 400, seed=cfg.seed)
+    model.train()
+    print(f"{title}{text.decode(out[0])}\n{'' if ended[0] else '[cut off at 400 tokens]'}", flush=True)
+
+
+# --- 5. saving ---
+
+
+def save(run, params, cfg, base, where=""):
+    """The adapter (or all weights) into the run's folder, or its best/, as other programs read it."""
+    folder = run.folder / where
+    folder.mkdir(exist_ok=True)
+    if cfg.lora_r:
+        state.write_json(folder / "adapter_config.json", lora.peft_config(
+            cfg.model or convert.DEFAULT_MODEL, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.rslora))
+        state.write_tensors(folder / "adapter_model.safetensors", params)
+        return
+    for file in base.glob("*.json"):
+        if not file.name.endswith(".index.json"):
+            with state.atomic(folder / file.name) as beside:
+                shutil.copyfile(file, beside)
+    state.write_tensors(folder / "model.safetensors", params)
+
+
+def draw_curve(run):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    lines = run.history()
+    train = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+    val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    fig, ax = plt.subplots(figsize=(7, 4))
+    if train:
+        ax.plot(*zip(*train), color="0.7", lw=1, label="training (a saw: each batch has its own length)")
+    if val:
+        ax.plot(*zip(*val), "o-", color="tab:red", label="held out")
+    ax.set(xlabel="step", ylabel="loss per target token (nats)")
+    ax.legend()
+    fig.tight_layout()
+    with state.atomic(run.folder / "curve.png") as beside:
+        fig.savefig(beside, dpi=120, format="png")
+    plt.close(fig)
+
+
+def peak_memory(device):
+    """GB: the GPU's allocated peak; on a CPU the anonymous memory now (a memory-mapped file is not counted)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    with contextlib.suppress(OSError, StopIteration):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def about(cfg, rules, base, heap, held, text):
+    """run.json: what this run is."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    starts = [held.ids(i)[:held.rows["prompt"][i] if held.rows["prompt"][i] > len(text.bos) else len(text.bos) + 8] for i in held.val]
+    return {"config": dataclasses.asdict(cfg), "rules": dataclasses.asdict(rules), "base": str(base),
+            "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heap.rows.tobytes()).hexdigest()[:16],
+            "data": {**heap.account, "held_out": len(held.val)}, "titles": [text.decode(s).strip() for s in starts[:64]],
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit.stdout.strip() or None}
+
+
+def same_run(run, cfg, rules, now):
+    """An error if a resume would make the run another one."""
+    before = run.read_json("run.json")
+    for what, key in (("base model", "base_fingerprint"), ("data", "data_fingerprint")):
+        if before[key] != now[key]:
+            raise UserError(f"--resume: the {what} is not the one that {run.folder} was trained on.")
+    old, new = {**before["config"], **before["rules"]}, {**dataclasses.asdict(cfg), **dataclasses.asdict(rules)}
+    changed = [f"--{k} was {old[k]!r}, is {new[k]!r}" for k in new if k not in FREE and old.get(k) != new[k]]
+    if changed:
+        raise UserError(f"--resume: these flags make it another run: {'; '.join(changed)}.")
+
+
+def saved_flags(out):
+    """What a run was started with, as the defaults of its resume."""
+    try:
+        before = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+        return {**before["config"], **before["rules"]}
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--resume: {out} holds no run to go on from.") from None
+
+
+# --- 6. the run ---
+
+
+def main():
+    cfg, rules = cli.parse(__doc__, Config, recipes.Rules)
+    if cfg.resume:
+        cfg, rules = cli.parse(__doc__, Config, recipes.Rules, defaults={**saved_flags(cfg.out), "resume": True, "out": cfg.out})
+    check(cfg)
+    say("config", json.dumps(dataclasses.asdict(cfg), ensure_ascii=False))
+    device = quant.pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)
+
+    base = convert.resolve(cfg.model, data.cache_folder(cfg))
+    heap, held, text = data.prepare(cfg, rules, base)
+    total = count_steps(heap, cfg)
+    say("data", f"{len(heap.train)} recipes to train on, {len(held.val)} held out, {total} steps")
+    check_data(cfg, heap, text)
+    per_step = cfg.grad_accum * cfg.batch_size
+    if not cfg.batch_tokens and len(heap.train) < per_step:
+        say("note", f"a step wants {per_step} recipes and there are {len(heap.train)}: it trains on those")
+    model, params, autocast = build(cfg, base, device)
+    optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+
+    run = state.Run(cfg.out, cfg.resume)
+    info = about(cfg, rules, base, heap, held, text)
+    facts = {"step": 0, "total": total, "best_val": None, "best_step": 0, "val_before": None, "val": None, "without_progress": 0}
+    if cfg.resume:
+        same_run(run, cfg, rules, info)
+        facts = run.load_state(optimizer, params)
+        run.forget_after(facts["step"])
+        say("resume", f"after step {facts['step']}" + (
+            "" if total == facts["total"] else f"; the schedule was for {facts['total']} steps and is for {total} from here on"))
+        facts["total"] = total
+        if facts["step"] >= total:
+            raise UserError(f"--resume: {run.folder} has made its {total} steps; raise --max_steps or --epochs.")
+    else:
+        run.write_json("run.json", info)
+    title = info["titles"][cfg.seed % len(info["titles"])]
+
+    def measure():
+        """Held-out loss; the best adapter so far is kept in best/."""
+        val = evaluate(model, held, cfg, text, device, autocast)
+        better = facts["best_val"] is None or val < facts["best_val"]
+        if better:
+            save(run, params, cfg, base, "best")
+        facts.update(val=val, without_progress=0 if better else facts["without_progress"] + 1)
+        facts.update({"best_val": val, "best_step": facts["step"]} if better else {})
+        return val
+
+    def save_all():
+        save(run, params, cfg, base)
+        run.save_state(optimizer, params, facts)
+
+    peak, seconds, tokens = 0.0, 0.0, 0
+    model.train()
+    with state.Stop() as stop:
+        if facts["step"] == 0:
+            say("before", title)
+            write_recipe(model, text, title, cfg)
+            facts["val_before"] = measure()
+            run.log({"step": 0, "loss": None, "lr": None, "grad_norm": None, "target_tokens": 0, "tokens_per_s": None, "padding": None,
+                     "peak_mem_gb": round(peak_memory(device), 3), "val_loss": facts["val_before"]})
+            say("val_loss", f"{facts['val_before']:.4f} before training")
+        first = facts["step"] + 1
+        plan, ahead = (itertools.islice(steps_of_run(heap, cfg), facts["step"], total) for _ in range(2))
+        batches = data.feed(heap, itertools.chain.from_iterable(ahead), device, cfg.mask_prompt, text.bos)
+        bar = cli.Progress(total, "train")
+        bar.step(facts["step"])
+        for step, micro_batches in enumerate(plan, first):
+            if stop.signal:
+                break
+            began, loss, real, padded = time.time(), 0.0, 0, 0
+            targets = sum(data.count_targets(heap, rows, cfg.mask_prompt, text.bos) for rows in micro_batches)
+
+            # one step: the mean over all its target tokens, however they are spread over the micro-batches
+            for batch in itertools.islice(batches, len(micro_batches)):
+                with autocast:
+                    h = model(batch.ids)
+                    part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, 1 / targets, cfg.fused_loss)
+                peak = max(peak, peak_memory(device))
+                part.backward()
+                loss += part.detach()
+                real, padded = real + batch.real, padded + batch.ids.numel()
+            if step == first:
+                check_gradients(model, params)
+            norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, total, cfg)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            loss, norm, took = float(loss), float(norm), time.time() - began  # float() waits for the GPU
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step} (recipes {[int(i) for i in batch.rows[:8]]} …): lower --lr or use "
+                                f"--dtype fp32. {run.folder} keeps what was last saved.")
+            if step == first:
+                bar.line("first step", f"{took:.1f} s, compilation and warm-up in it")
+            else:
+                seconds, tokens = seconds + took, tokens + real
+            facts["step"], peak = step, max(peak, peak_memory(device))
+            line = {"step": step, "loss": loss, "lr": lr_at(step, total, cfg), "grad_norm": norm, "target_tokens": targets,
+                    "tokens_per_s": round(real / took, 1), "padding": round(1 - real / padded, 4), "peak_mem_gb": round(peak, 3)}
+            bar.step(1, f"loss {loss:.3f}  {real / took:.0f} tok/s  {peak:.2f} GB")
+            if step % cfg.eval_every == 0 or step == total:
+                line["val_loss"] = measure()
+                bar.line("val_loss", f"{line['val_loss']:.4f} after step {step}")
+            run.log(line)
+            tired = cfg.patience and facts["without_progress"] >= cfg.patience
+            if step % cfg.save_every == 0 or step == total or stop.signal or tired:
+                save_all()
+            if tired:
+                bar.line("patience", f"no progress in {cfg.patience} evaluations: stopped after step {step}")
+                break
+        bar.close()
+        if stop.signal:
+            if facts["step"] < first:
+                save_all()
+            say("stopped", f"after step {facts['step']}, saved. Go on with: python train.py --resume --out {cfg.out}")
+            return stop.exit_code
+
+    draw_curve(run)
+    say("after", title)
+    write_recipe(model, text, title, cfg)
+    print(json.dumps({"steps": facts["step"], "val_loss_before": facts["val_before"], "val_loss_after": facts["val"],
+                      "tokens_per_s": round(tokens / seconds, 1) if seconds else None, "peak_mem_gb": round(peak, 3)}))
+    say("saved", f"{run.folder}: write recipes with `python sample.py{'' if cfg.out == 'out' else f' --run {cfg.out}'}`")
+    return 0
+
+
+ADVICE = [  # in order of gain
+    ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss), ("--attn flash", lambda c: c.attn != "flash"),
+    ("--dtype bf16", lambda c: c.dtype == "fp32"), ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
+    ("a smaller --max_len", lambda c: True)]
+
+
+def with_advice():
+    """main(), with a sentence for the one failure that every user meets."""
+    try:
+        return main()
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        cfg, _ = cli.parse(__doc__, Config, recipes.Rules)
+        flags = ", then ".join(flag for flag, helps in ADVICE if helps(cfg))
+        raise UserError(f"out of memory: {str(e).splitlines()[0]} Add {flags}.") from None
+
+
+if __name__ == "__main__":
+    cli.run(with_advice)
