@@ -231,11 +231,13 @@ class ChunkedLoss(torch.autograd.Function):
         for i in range(0, h.shape[0], rows):
             hc, tc = h[i:i + rows], targets[i:i + rows, None]
             logits = (hc @ W.t()).float()  # [rows, V]
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(-1, tc)).sum()
+            top, right = logits.amax(-1, keepdim=True), logits.gather(-1, tc)
+            e = logits.sub_(top).exp_()
+            z = e.sum(-1, keepdim=True)
+            total += (z.log() + top - right).sum()
             if want_h or want_w:
-                p = logits.sub_(lse).exp_().scatter_add_(-1, tc, torch.full_like(lse, -1.0))  # softmax - one-hot
-                p = p.mul_(scale).to(h.dtype)  # scaled in fp32, before anything is cast down
+                p = e.mul_(scale / z).scatter_add_(-1, tc, torch.full_like(z, -scale))  # scale * (softmax - one-hot), in fp32:
+                p = p.to(h.dtype)  # the scale comes before anything is cast down
                 if want_h:
                     torch.mm(p, W, out=dh[i:i + rows])
                 if want_w:

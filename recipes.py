@@ -62,7 +62,7 @@ class Account:
             self.examples[rule].append(f"{title[:60] or '(no title)'}: {why}")
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 class BadRow(Exception):
     """Why a row is no recipe. It travels in the place of a value, so that one bad row does not end its file."""
@@ -74,11 +74,9 @@ def read(paths, account, allow_bad=0.01):
     paths = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     kinds = [Path(path.name.lower().removesuffix(".gz")).suffix for path in paths]
     for path, kind in zip(paths, kinds):  # all of them before the first row: a typo in the last should cost no time
-        if not path.exists():
-            raise UserError(f"{path} does not exist: --data takes files of recipes.")
-        if path.is_dir() or kind not in FORMATS:
-            what = "is a folder" if path.is_dir() else "has another ending"
-            raise UserError(f"{path} {what}: --data takes {', '.join(FORMATS)} files, each also with .gz behind it.")
+        wrong = "does not exist" if not path.exists() else "is a folder" if path.is_dir() else "has another ending"
+        if not path.is_file() or kind not in FORMATS:
+            raise UserError(f"{path} {wrong}: --data takes {', '.join(FORMATS)} files, each also with .gz behind it.")
     for path, kind in zip(paths, kinds):
         try:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
@@ -181,10 +179,10 @@ def _field(row, name, many=False):
     return value
 
 
-# ---- repairing: what can be mended is not dropped -----------------------------------------------------------------------
+# ---- repairing: what can be mended is not dropped -------------------------------------------------------------------
 
-# List marks, which the text format adds again: "- x", "* x", "1. x", and a wiki's "*x", "*#x" and "#x". Not marks: "*so*
-# good" and "**so** good" (emphasis), "#10 tin", "1.5 cups", and "1. 5 cups" (a decimal point with a space slipped in).
+# List marks, which the text format adds again: "- x", "* x", "1. x", and a wiki's "*x", "*#x" and "#x". Not marks:
+# "*so* good" and "**so** good" (emphasis), "#10 tin", "1.5 cups", and "1. 5 cups" (a decimal point, a space too many).
 MARK = re.compile(r"^(?:[-–—•*](?:\s+|$)|\*#?(?![^*]*\*)\s*|#+\s*(?=[^\W\d_])|\d{1,2}[.)](?:\s+(?!\d)|$))")
 
 
@@ -203,7 +201,7 @@ def repair(recipe):
     return recipe if fixed == recipe else fixed
 
 
-# ---- the rules: each says why a recipe should go, or "" -----------------------------------------------------------------
+# ---- the rules: each says why a recipe should go, or "" -------------------------------------------------------------
 
 @dataclass
 class Rules:

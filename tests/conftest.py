@@ -1,0 +1,81 @@
+"""What the tests share: a tiny model folder, a heap of made-up recipes, and a way to run the programs as a user does."""
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+ROOT = Path(__file__).parents[1]
+FOODS = "flour sugar butter milk eggs rice beans onions garlic carrots apples lemons cream cheese pasta chicken".split()
+VERBS = "Chop Mix Stir Boil Fry Bake Fold Whisk Simmer Pour".split()
+
+
+def made_recipes(n, seed=0):
+    """n different recipes of very different lengths, from the words above."""
+    rng, out = random.Random(seed), []
+    for i in range(n):
+        foods = rng.sample(FOODS, rng.randint(3, 8))
+        steps = [f"{rng.choice(VERBS)} the {rng.choice(foods)} with the {rng.choice(foods)} for {rng.randint(2, 40)} minutes."
+                 for _ in range(rng.randint(3, 12))]
+        out.append({"title": f"{foods[0].title()} and {foods[1]} number {i}",
+                    "ingredients": [f"{rng.randint(1, 9)} cups of {food}" for food in foods], "directions": steps})
+    return out
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **changes):
+    """A random Llama with a byte-level tokenizer of its own, as a Hugging Face folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [" ".join([r["title"], *r["ingredients"], *r["directions"]]) for r in made_recipes(50)]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 64,
+              "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "max_position_embeddings": window, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+              "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    g = torch.Generator().manual_seed(seed)
+    C, F, V = 64, 96, config["vocab_size"]
+    shapes = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
+    for i in range(layers):
+        at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        shapes |= {at + "q_proj.weight": (64, C), at + "k_proj.weight": (32, C), at + "v_proj.weight": (32, C),
+                   at + "o_proj.weight": (C, 64), mlp + "gate_proj.weight": (F, C), mlp + "up_proj.weight": (F, C),
+                   mlp + "down_proj.weight": (C, F), f"model.layers.{i}.input_layernorm.weight": (C,),
+                   f"model.layers.{i}.post_attention_layernorm.weight": (C,)}
+    weights = {k: torch.ones(s) if len(s) == 1 else torch.randn(s, generator=g) * 0.1 for k, s in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_recipes(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("heap") / "recipes.jsonl", made_recipes(60))
+
+
+def program(name, *args, cwd=None, check=True, timeout=300, env=None):
+    """Run one of the programs. With check, a failure shows what it said."""
+    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env=env, check=False)
+    assert not check or done.returncode == 0, f"{name} {args}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
