@@ -258,7 +258,7 @@ def sum_loss(h, weight, where, targets, scale=1.0, fused=True):
     targets [N] the ids they are to predict. The caller divides by the target tokens of a whole step, through scale."""
     h = h.flatten(0, 1)[where]  # [N, C]: the head is not asked about padding or prompts
     if fused:
-        return ChunkedLoss.apply(h, weight, targets, scale)
+        return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale)
     return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, reduction="sum") * scale
 
 
@@ -293,12 +293,10 @@ def shards(folder):
     if index.exists():
         files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = [folder / "model.safetensors"]
     for f in files:
         if not f.exists():
-            raise UserError(f"{index} names {f.name}, which is not in the folder: fetch the missing shard.")
-    if not files:
-        raise UserError(f"{folder} holds no *.safetensors file (only safetensors and .gguf are read).")
+            raise UserError(f"{folder} lacks {f.name}: fetch the missing file (only safetensors and .gguf are read).")
     return files
 
 

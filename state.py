@@ -71,7 +71,7 @@ def fingerprint(folder):
     """A model folder's identity in a fraction of a second: config.json, and of each shard its size, its header (names, shapes,
     places) and its last 64 kB. Not proof against forgery, but another checkpoint never has the same."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for shard in sorted(Path(folder).glob("*.safetensors")):
+    for shard in sorted(Path(folder).glob("model*.safetensors")):
         with open(shard, "rb") as f:
             header = int.from_bytes(f.read(8), "little")
             digest.update(f.read(header))

@@ -1,0 +1,556 @@
+"""model.py: the same logits as transformers, fast paths equal to slow ones, and a checkpoint that does not fit is refused."""
+import json
+import re
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.utils import logging
+
+import model as models
+from cli import UserError
+
+logging.disable_progress_bar()
+V = 96
+BASE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1}
+# heads of 16 numbers: of the 8 pairs some turn often within 32 positions, some seldom, some lie between
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+VARIANTS = {
+    "gqa": {},
+    "as many key as query heads": {"num_key_value_heads": 4},
+    "tied head": {"tie_word_embeddings": True},
+    "llama3 rope": {"rope_parameters": LLAMA3, "head_dim": 16},
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "another theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "head_dim": {"head_dim": 24},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "another eps": {"rms_norm_eps": 0.1},
+    "mistral": {"kind": "Mistral", "sliding_window": None},
+}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def reference(kind="Llama", **changes):
+    """A random model of transformers, with weights so large that every part of it shows in the logits."""
+    config, causal = {"Llama": (LlamaConfig, LlamaForCausalLM), "Mistral": (MistralConfig, MistralForCausalLM)}[kind]
+    ref = causal._from_config(config(**(BASE | changes)), attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in ref.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.5 if p.dim() == 1 else 1.5 * p.shape[1] ** -0.5))
+    return ref
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder that several tests read."""
+    folder = tmp_path_factory.mktemp("tiny")
+    reference().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """A folder of its own for a test that changes its files."""
+    reference().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def as_transformers_4(folder, key):
+    """Rewrite config.json to what transformers 4 wrote: rope_theta beside rope_scaling, whose kind is under `key`."""
+    path = folder / "config.json"
+    c = json.loads(path.read_text())
+    rope = c.pop("rope_parameters")
+    c["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    c["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
+    c["torch_dtype"] = c.pop("dtype")
+    if c["head_dim"] == c["hidden_size"] // c["num_attention_heads"]:
+        del c["head_dim"]
+    path.write_text(json.dumps(c))
+
+
+def tokens(B, T, seed=0):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def next_tokens(ids, lengths):
+    """(where, targets) of sum_loss for rows of these lengths, padded on the right."""
+    B, T = ids.shape
+    where = torch.tensor([b * T + t for b in range(B) for t in range(lengths[b] - 1)])
+    return where, ids.flatten()[where + 1]
+
+
+def distance(a, b):
+    """Largest difference, relative to the largest entry of b."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def loss_and_gradients(model, ids, lengths, fused=True):
+    model.zero_grad()
+    loss = models.sum_loss(model(ids), model.lm_head.weight, *next_tokens(ids, lengths), fused=fused)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(got, wanted, rtol=1e-5):
+    (loss, grads), (loss0, grads0) = got, wanted
+    assert distance(loss, loss0) < rtol
+    assert grads.keys() == grads0.keys()
+    assert {name: d for name in grads if not (d := distance(grads[name], grads0[name])) < rtol} == {}
+
+
+# --- parity with transformers ---
+
+
+@pytest.mark.parametrize("written", ["transformers 5", "transformers 4, rope_type", "transformers 4, type"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_those_of_transformers(tmp_path, name, written):
+    ref = reference(**VARIANTS[name])
+    ref.save_pretrained(tmp_path)
+    if written != "transformers 5":
+        as_transformers_4(tmp_path, written.split()[-1])
+    ids = tokens(2, 50)
+    with torch.no_grad():
+        model = models.load(tmp_path)
+        wanted = ref(ids).logits
+        assert wanted.abs().max() > 1  # so that 1e-4 means something
+        for flash in (True, False):
+            model = models.load(tmp_path, flash=flash)
+            torch.testing.assert_close(models.logits(model, model(ids)), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", set(VARIANTS) - {"gqa", "mistral"})
+def test_each_variant_shows_in_the_logits(name):
+    """Else the parity above would prove nothing."""
+    ids = tokens(2, 50)
+    with torch.no_grad():
+        plain = reference()
+        other = reference(**VARIANTS[name])
+        if name in ("llama3 rope", "head_dim"):
+            plain = reference(head_dim=VARIANTS[name]["head_dim"])
+        if name == "head_dim":  # has no reference without it: a wrong head_dim cannot even be loaded
+            assert other.model.layers[0].self_attn.q_proj.weight.shape == (4 * 24, 32)
+        else:
+            assert (plain(ids).logits - other(ids).logits).abs().max() > 1e-2
+
+
+def test_several_shards_are_read_as_one(tmp_path):
+    ref = reference()
+    ref.save_pretrained(tmp_path, max_shard_size="12KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 3
+    model, ids = models.load(tmp_path), tokens(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, wanted", [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_weights_are_in_the_dtype_asked_for_or_as_stored(tiny, dtype, wanted):
+    model = models.load(tiny, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    assert model.frequencies.dtype == torch.float32  # an angle of some hundreds has no digits left in bf16
+    assert model(tokens(1, 5)).dtype == wanted
+
+
+def test_residual_stream_has_the_dtype_of_the_model_whatever_the_weights_are_kept_in(tiny):
+    """bf16 weights, fp32 arithmetic: as near to the fp32 model of the same rounded weights as fp32 is."""
+    kept, ids = models.load(tiny, dtype=torch.bfloat16, make_linear=cast_linear), tokens(2, 20)
+    kept.dtype = torch.float32
+    rounded = models.load(tiny, dtype=torch.bfloat16).float()
+    rounded.frequencies = models.rope_frequencies(rounded.cfg)
+    with torch.no_grad():
+        h = kept(ids)
+        assert h.dtype == torch.float32
+        assert distance(models.logits(kept, h), models.logits(rounded, rounded(ids))) < 1e-5
+
+
+def cast_linear(name, tensor):
+    layer = models.plain_linear(name, tensor)
+    layer.forward = lambda x: F.linear(x, layer.weight.to(x.dtype))
+    return layer
+
+
+# --- fast paths equal slow ones ---
+
+ROWS = [30, 17, 2, 24]  # lengths; right padding fills the rest
+
+
+def test_naive_and_flash_attention_give_the_same_loss_and_gradients(tiny):
+    ids = tokens(4, 30)
+    assert_same(loss_and_gradients(models.load(tiny, flash=True), ids, ROWS),
+                loss_and_gradients(models.load(tiny, flash=False), ids, ROWS))
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_checkpointing_changes_no_loss_and_no_gradient(tiny, flash):
+    ids, model, calls = tokens(4, 30), models.load(tiny, flash=flash), []
+    wanted = loss_and_gradients(model, ids, ROWS)
+    model.around = partial(checkpoint, use_reentrant=False)
+    for block in model.layers:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_same(loss_and_gradients(model, ids, ROWS), wanted)
+    assert len(calls) == 2 * len(model.layers)  # each block once more in backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(tiny, checkpointed):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = models.load(tiny), models.load(tiny)
+    if checkpointed:
+        compiled.around = partial(checkpoint, use_reentrant=False)
+    for block in compiled.layers:
+        block.compile(dynamic=True, fullgraph=True)
+    for B, T in ((4, 30), (4, 21), (2, 47), (3, 8)):
+        ids, lengths = tokens(B, T), [T, T - 3, T - 1, 2][:B]
+        assert_same(loss_and_gradients(compiled, ids, lengths), loss_and_gradients(eager, ids, lengths))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_padded_row_has_the_losses_it_has_alone(tiny, flash):
+    model, ids = models.load(tiny, flash=flash), tokens(4, 30)
+    with torch.no_grad():
+        together = models.logits(model, model(ids))
+        for row, n in zip(range(4), ROWS):
+            alone = models.logits(model, model(ids[row:row + 1, :n]))[0]
+            losses = [F.cross_entropy(x[:n - 1], ids[row, 1:n], reduction="none") for x in (together[row], alone)]
+            torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("lengths", [[3, 7, 5], [1, 1, 1]])
+def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
+    """Prompts of different lengths at once, then six tokens one by one, against each row alone and without a cache."""
+    model, more, T = models.load(tiny, flash=flash), 6, max(lengths)
+    rows = [tokens(1, n + more, seed=n + i)[0] for i, n in enumerate(lengths)]
+    prompts = torch.full((3, T), 5)
+    for i, (row, n) in enumerate(zip(rows, lengths)):
+        prompts[i, :n] = row[:n]
+    caches = [models.Cache(model.cfg, 3, T + more, "cpu", torch.float32) for _ in model.layers]
+    with torch.no_grad():
+        h = model(prompts, torch.arange(T).expand(3, T), caches)
+        got = [[h[i, n - 1]] for i, n in enumerate(lengths)]
+        for step in range(more):
+            pos = torch.tensor([[n + step] for n in lengths])
+            h = model(torch.stack([row[n + step:n + step + 1] for row, n in zip(rows, lengths)]), pos, caches)
+            for i in range(3):
+                got[i].append(h[i, 0])
+        for i, n in enumerate(lengths):
+            wanted = models.logits(model, model(rows[i][None]))[0, n - 1:]
+            assert distance(models.logits(model, torch.stack(got[i])), wanted) < 1e-5
+
+
+# --- the loss ---
+
+
+def head_and_targets(N=40, C=16, vocab=V, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(2, N, C, generator=g).to(dtype), (torch.randn(vocab, C, generator=g) * 0.5).to(dtype)
+    where = torch.randperm(2 * N, generator=g)[:N]
+    return h.requires_grad_(), weight.requires_grad_(), where, torch.randint(vocab, (N,), generator=g)
+
+
+def exact_loss(h, weight, where, targets, scale=1.0):
+    """(loss, gradient of h, of weight) by torch in float64."""
+    h, weight = (x.detach().double().requires_grad_() for x in (h, weight))
+    loss = F.cross_entropy(h.flatten(0, 1)[where] @ weight.t(), targets, reduction="sum") * scale
+    loss.backward()
+    return loss.detach(), h.grad, weight.grad
+
+
+class Largest(TorchDispatchMode):
+    """The shapes of all tensors that are made inside the `with`."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.shapes += [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        return out
+
+    def numel(self):
+        return max(torch.Size(shape).numel() for shape in self.shapes)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 40])
+@pytest.mark.parametrize("fused", [True, False])
+def test_loss_and_its_gradients_equal_torch_in_float64(fused, scale):
+    h, weight, where, targets = head_and_targets()
+    loss = models.sum_loss(h, weight, where, targets, scale, fused)
+    loss.backward()
+    for got, wanted in zip((loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, scale)):
+        assert distance(got, wanted) < 1e-5
+
+
+def test_fused_loss_respects_what_the_caller_does_with_it():
+    """A loss that is multiplied afterwards, as a loss scaler does, multiplies the gradients."""
+    h, weight, where, targets = head_and_targets()
+    (models.sum_loss(h, weight, where, targets) * 64).backward()
+    _, dh, dW = exact_loss(h, weight, where, targets, scale=64)
+    assert distance(h.grad, dh) < 1e-5 and distance(weight.grad, dW) < 1e-5
+
+
+def test_fused_and_plain_loss_train_a_whole_model_alike(tiny):
+    ids, model = tokens(4, 30), models.load(tiny)
+    assert_same(loss_and_gradients(model, ids, ROWS, fused=True), loss_and_gradients(model, ids, ROWS, fused=False))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_and_prompts_do_not_reach_the_loss(fused):
+    h, weight, where, targets = head_and_targets()
+    models.sum_loss(h, weight, where, targets, fused=fused).backward()
+    others = torch.ones(h.shape[0] * h.shape[1], dtype=torch.bool)
+    others[where] = False
+    assert h.grad.flatten(0, 1)[others].abs().max() == 0
+
+
+def test_fused_loss_works_in_chunks_and_each_chunk_counts():
+    """Four million words: 16 positions a chunk, so 40 positions take three chunks of which the last is shorter."""
+    N, vocab = 40, 2**22
+    h, weight, where, targets = head_and_targets(N, 2, vocab)
+    with Largest() as largest:
+        loss = models.sum_loss(h, weight, where, targets, scale=0.5)
+        loss.backward()
+    assert largest.numel() <= 2**26 < N * vocab / 2
+    W, hs = weight.detach().double(), h.detach().flatten(0, 1)[where].double()
+    wanted, dh, dW = 0.0, torch.zeros(2 * N, 2).double(), torch.zeros_like(W)
+    for row, (i, target) in enumerate(zip(where, targets)):  # a position at a time: all at once would not fit
+        p = torch.softmax(W @ hs[row], 0)
+        wanted += -0.5 * p[target].log()
+        p[target] -= 1
+        dh[i], dW = 0.5 * (p @ W), dW.addr_(p, hs[row], alpha=0.5)
+    assert distance(loss.detach(), wanted) < 1e-5
+    assert distance(h.grad.flatten(0, 1), dh) < 1e-5 and distance(weight.grad, dW) < 1e-5
+
+
+def test_plain_loss_holds_all_logits():
+    """So the measure of the test above measures something."""
+    h, weight, where, targets = head_and_targets()
+    with Largest() as largest:
+        models.sum_loss(h, weight, where, targets, fused=False)
+    assert largest.numel() == 40 * V
+
+
+def test_frozen_head_gets_no_gradient_and_none_is_computed():
+    h, weight, where, targets = head_and_targets()
+    weight.requires_grad_(False)
+    with Largest() as largest:
+        models.sum_loss(h, weight, where, targets).backward()
+    assert weight.grad is None
+    assert tuple(weight.shape) not in largest.shapes  # nothing of the gradient's size was ever made
+    assert distance(h.grad, exact_loss(h, weight, where, targets)[1]) < 1e-5
+
+
+def test_fused_loss_without_gradients_is_the_same_number():
+    """Evaluation takes this path."""
+    h, weight, where, targets = head_and_targets()
+    with torch.no_grad():
+        assert distance(models.sum_loss(h, weight, where, targets), exact_loss(h, weight, where, targets)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_loss_in_bf16_is_within_a_hundredth_of_float64(fused):
+    """bf16 keeps 8 bits: 1 / 256 a rounding. Logits are rounded once, the gradients of the logits once more."""
+    h, weight, where, targets = head_and_targets(N=200, C=64, dtype=torch.bfloat16)
+    loss = models.sum_loss(h, weight, where, targets, scale=1 / 200, fused=fused)
+    loss.backward()
+    assert loss.dtype == torch.float32 and h.grad.dtype == weight.grad.dtype == torch.bfloat16
+    for got, wanted, rtol in zip((loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, 1 / 200),
+                                 (2e-3, 1e-2, 1e-2)):
+        assert distance(got, wanted) < rtol
+
+
+# --- loading ---
+
+
+def test_make_linear_gets_each_linear_weight_of_the_blocks_once_and_the_model_holds_what_it_returns(tiny):
+    stored, made = load_file(tiny / "model.safetensors"), {}
+
+    def make_linear(name, tensor):
+        assert name not in made
+        path, _, leaf = name.rpartition(".")
+        parent = "mlp" if leaf in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        assert torch.equal(tensor, stored[f"model.{path}.{parent}.{leaf}.weight"])
+        made[name] = models.plain_linear(name, tensor)
+        return made[name]
+
+    model = models.load(tiny, make_linear=make_linear)
+    assert set(made) == {f"layers.{i}.{leaf}" for i in range(2) for leaf in PROJECTIONS}
+    assert all(model.get_submodule(name) is layer for name, layer in made.items())
+
+
+def test_a_weight_is_forgotten_before_the_next_one_comes(tiny):
+    """make_linear keeps nothing here, as a quantised layer keeps nothing: then nobody else may either."""
+    seen, alive = [], []
+
+    def make_linear(name, tensor):
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.append(weakref.ref(tensor))
+        return torch.nn.Identity()
+
+    models.load(tiny, make_linear=make_linear)
+    assert alive == [0] * (2 * len(PROJECTIONS))
+
+
+@pytest.mark.parametrize("bias_first", [True, False])
+def test_biases_survive_the_replacement_of_their_layer(tmp_path, bias_first):
+    """Whichever of the two the file holds first."""
+    reference(attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for kind in ("weight", "bias"):  # files are read in the order of their names
+        part = {k: v for k, v in stored.items() if k.endswith(kind)}
+        save_file(part, tmp_path / f"{int((kind == 'bias') != bias_first)}.safetensors")
+    model = models.load(tmp_path)
+    for leaf, parent in zip(PROJECTIONS, 4 * ["self_attn"] + 3 * ["mlp"]):
+        layer = getattr(model.layers[1], leaf)
+        assert torch.equal(layer.bias, stored[f"model.layers.1.{parent}.{leaf}.bias"])
+        assert torch.equal(layer.weight, stored[f"model.layers.1.{parent}.{leaf}.weight"])
+
+
+def test_stored_inv_freq_is_accepted(spoiled):
+    before, ids = models.load(spoiled)(tokens(1, 9)), tokens(1, 9)
+    edit_tensors(spoiled, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert torch.equal(models.load(spoiled)(ids), before)
+
+
+def test_tied_head_stored_twice_is_accepted_and_stays_one_tensor(tmp_path):
+    ref, ids = reference(tie_word_embeddings=True), tokens(1, 9)
+    ref.save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = models.load(tmp_path)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    with torch.no_grad():
+        torch.testing.assert_close(models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4)
+
+
+def refused(folder, *words):
+    """Loading ends in one UserError that names all of `words`."""
+    with pytest.raises(UserError) as error:
+        models.load(folder)
+    for word in words:
+        assert re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", str(error.value)), f"{word!r} is not named: {error.value}"
+
+
+UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop(UP), [UP]),
+    (lambda t: t.pop("lm_head.weight"), ["lm_head.weight"]),
+    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[UP].clone()}), ["model.layers.2.mlp.up_proj.weight"]),
+    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}), ["model.layers.0.self_attn.q_proj.bias"]),
+    (lambda t: t.update({"classifier": torch.ones(2)}), ["classifier"]),
+    (lambda t: t.update({UP: t[UP].t().contiguous()}), [UP, "[32, 48]", "[48, 32]"]),
+    (lambda t: t.update({NORM: torch.ones(33)}), [NORM, "[33]", "[32]"]),
+    (lambda t: t.update({NORM: torch.ones(1)}), [NORM, "[1]"]),
+    (lambda t: t.update({"model.embed_tokens.weight": torch.ones(V + 1, 32)}), ["model.embed_tokens.weight", f"[{V + 1}, 32]"]),
+], ids=["missing", "missing head", "extra layer", "extra bias", "extra", "transposed", "too long", "broadcastable", "vocabulary"])
+def test_tensors_that_do_not_fit_are_named(spoiled, change, words):
+    edit_tensors(spoiled, change)
+    refused(spoiled, *words)
+
+
+def test_a_missing_bias_is_named(tmp_path):
+    reference(attention_bias=True).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.pop("model.layers.0.self_attn.k_proj.bias"))
+    refused(tmp_path, "model.layers.0.self_attn.k_proj.bias")
+
+
+def test_a_tensor_in_two_files_is_named(spoiled):
+    save_file({NORM: torch.ones(32)}, spoiled / "more.safetensors")
+    refused(spoiled, NORM)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: data[:20], lambda data: b"",
+    lambda data: b"version https://git-lfs.github.com/spec/v1\n", lambda data: b"\xff" * 8 + data[8:]],
+    ids=["half", "last byte", "header", "empty", "lfs pointer", "length"])
+def test_a_damaged_file_is_named(spoiled, damage):
+    path = spoiled / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    refused(spoiled, "model.safetensors")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    reference().save_pretrained(tmp_path, max_shard_size="12KB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    refused(tmp_path, lost.name)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff"], ids=["broken", "no object", "no weight_map", "no utf-8"])
+def test_a_broken_index_is_named(tmp_path, text):
+    reference().save_pretrained(tmp_path, max_shard_size="12KB")
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    refused(tmp_path, "model.safetensors.index.json")
+
+
+def test_a_folder_without_safetensors_is_named(spoiled):
+    (spoiled / "model.safetensors").rename(spoiled / "pytorch_model.bin")
+    refused(spoiled, spoiled.name, "safetensors")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["yarn"]),
+    ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn"]),
+    ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor"]),
+    ({"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, ["low_freq_factor"]),
+    ({"sliding_window": 64}, ["sliding_window"]),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window"]),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
+    ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM"]),
+    ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+    ({"architectures": None}, ["LlamaForCausalLM"]),
+    ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["4", "3"]),
+    ({"hidden_size": None}, ["hidden_size"]),
+    ({"vocab_size": "many"}, ["vocab_size"]),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_a_config_that_cannot_be_reproduced_is_refused_by_name(spoiled, changes, words):
+    edit_config(spoiled, **changes)
+    refused(spoiled, "config.json", *words)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+def test_a_config_that_lacks_a_size_names_it(spoiled, key):
+    config = json.loads((spoiled / "config.json").read_text())
+    del config[key]
+    (spoiled / "config.json").write_text(json.dumps(config))
+    refused(spoiled, "config.json", key)
+
+
+@pytest.mark.parametrize("data", [None, b"", b"{", b"[]", b"null", b"\xff\xfe{}"],
+                         ids=["absent", "empty", "broken", "a list", "null", "no utf-8"])
+def test_a_broken_config_is_named(spoiled, data):
+    path = spoiled / "config.json"
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    refused(spoiled, "config.json")
