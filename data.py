@@ -189,6 +189,9 @@ def prepare(cfg, rules, folder):
                 raise UserError(f"--data: {f} is no file.")
         heap = Heap(tokenise(files, cfg, rules, text))
         heap.drop_long(cfg.max_len, text)
+        if 0 < cfg.batch_tokens < heap.rows["length"].max():
+            raise UserError(f"--batch_tokens {cfg.batch_tokens} is less than the longest recipe ({heap.rows['length'].max()} tokens): "
+                            "raise it, or lower --max_len.")
         return heap
 
     heap = load(files)
@@ -216,9 +219,6 @@ def cut(order, lengths, batch_size, batch_tokens):
     batches, begin, widest = [], 0, 0
     for i, length in enumerate(lengths[order].tolist()):
         widest = max(widest, length)
-        if length > batch_tokens:
-            raise UserError(f"--batch_tokens {batch_tokens} is less than the longest recipe ({length} tokens): "
-                            "raise it, or lower --max_len.")
         if widest * (i + 1 - begin) > batch_tokens:
             batches.append(order[begin:i])
             begin, widest = i, length
@@ -228,8 +228,8 @@ def cut(order, lengths, batch_size, batch_tokens):
 def plan(lengths, cfg, epoch, grad_accum=1):
     """An epoch: a list of steps, a step a list of grad_accum micro-batches, a micro-batch an array of positions in `lengths`.
 
-    A pure function of its arguments and the seed. Every recipe is there once. The step with the widest batch comes first, so
-    that running out of memory shows at once (lit-llama's length_grouped_sampler does the same). Micro-batches of a step are
+    A pure function of its arguments and the seed. Every recipe is there once. The step with the longest recipe comes first,
+    so that running out of memory shows at once (lit-llama's length_grouped_sampler does the same). Micro-batches of a step are
     neighbours: N of batch B hold what one of batch N x B holds, so accumulation changes no loss."""
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(len(lengths))
@@ -239,8 +239,8 @@ def plan(lengths, cfg, epoch, grad_accum=1):
     steps = [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
     if cfg.batching == "sorted":
         rng.shuffle(steps)
-    widest = max(range(len(steps)), key=lambda i: sum(len(b) * lengths[b].max() for b in steps[i]))
-    steps[0], steps[widest] = steps[widest], steps[0]
+    longest = max(range(len(steps)), key=lambda i: max(lengths[b].max() for b in steps[i]))
+    steps[0], steps[longest] = steps[longest], steps[0]
     return steps
 
 

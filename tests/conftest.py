@@ -1,5 +1,6 @@
 """What the tests share: a tiny model folder, a heap of made-up recipes, and a way to run the programs as a user does."""
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 FOODS = "flour sugar butter milk eggs rice beans onions garlic carrots apples lemons cream cheese pasta chicken".split()
 VERBS = "Chop Mix Stir Boil Fry Bake Fold Whisk Simmer Pour".split()
 
@@ -75,6 +77,7 @@ def tiny_recipes(tmp_path_factory):
 
 def program(name, *args, cwd=None, check=True, timeout=300, env=None):
     """Run one of the programs. With check, a failure shows what it said."""
+    env = {"OMP_NUM_THREADS": "1", **(env or os.environ)}
     done = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env=env, check=False)
     assert not check or done.returncode == 0, f"{name} {args}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -1,0 +1,297 @@
+"""cli.py: flags from dataclasses, mistakes as a sentence and an exit code, progress on stderr."""
+import errno
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import cli
+from cli import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Train:
+    lr: float = 2e-4                   # peak learning rate; 100% of it after the warm-up
+    batch_size: int = 8                # recipes in a micro-batch
+    data: list[str] = field(default_factory=list)   # recipe files; "a#b" is one name
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+    batching: Literal["random", "sorted"] = "sorted"  # how batches are cut
+    resume: bool = False               # go on with the run
+    clean: bool = True                 # apply the rules
+    title: str | None = None           # what is asked
+
+
+@dataclass
+class Rules:
+    """Bounds."""
+    min_words: int = 25  # fewer: dropped
+
+
+def parse(*argv, **defaults):
+    (train,) = cli.parse("Trains.", Train, argv=list(argv), defaults=defaults)
+    return train
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+def test_no_flags_give_the_dataclass_as_it_stands():
+    assert parse() == Train(lr=2e-4, batch_size=8, data=[], sizes=[1, 2], batching="sorted", resume=False, clean=True, title=None)
+
+
+@pytest.mark.parametrize(("argv", "name", "value"), [
+    (["--lr", "1e-3"], "lr", 0.001),
+    (["--lr=1"], "lr", 1.0),
+    (["--lr", "-1"], "lr", -1.0),
+    (["--lr=-1e-3"], "lr", -0.001),
+    (["--batch_size", "16"], "batch_size", 16),
+    (["--batch_size", "-3"], "batch_size", -3),
+    (["--data", "a.csv"], "data", ["a.csv"]),
+    (["--data", "a.csv", "b c.json"], "data", ["a.csv", "b c.json"]),
+    (["--sizes", "3", "4", "5"], "sizes", [3, 4, 5]),
+    (["--batching", "random"], "batching", "random"),
+    (["--resume"], "resume", True),
+    (["--no-resume"], "resume", False),
+    (["--no-clean"], "clean", False),
+    (["--clean"], "clean", True),
+    (["--title", "Pumpkin bread"], "title", "Pumpkin bread"),
+    (["--title", "a=b"], "title", "a=b"),
+    (["--title=a=b"], "title", "a=b"),
+    (["--title="], "title", ""),
+    (["--title=--lr"], "title", "--lr"),
+    (["--lr", "1", "--lr", "2"], "lr", 2.0),  # the last one counts
+])
+def test_one_flag_changes_one_field(argv, name, value):
+    got, expected = vars(parse(*argv)), vars(Train())
+    assert got == {**expected, name: value}
+    assert type(got[name]) is type(value)
+
+
+@pytest.mark.parametrize(("argv", "named"), [
+    (["--batch_sice", "8"], "--batch_sice"),
+    (["--batch", "8"], "--batch"),  # shortened
+    (["--res"], "--res"),
+    (["--batch-size", "8"], "--batch-size"),
+    (["--no_clean"], "--no_clean"),
+    (["leftover"], "leftover"),
+    (["--batch_size", "8.5"], "--batch_size"),
+    (["--batch_size", "many"], "--batch_size"),
+    (["--batch_size"], "--batch_size"),
+    (["--lr", "fast"], "--lr"),
+    (["--lr", "--resume"], "--lr"),
+    (["--data"], "--data"),
+    (["--sizes", "1", "x"], "--sizes"),
+    (["--batching", "packedd"], "--batching"),
+    (["--clean=yes"], "--clean"),
+    (["--clean", "yes"], "yes"),
+    (["--resume", "out"], "out"),
+])
+def test_a_wrong_flag_is_one_sentence_that_names_it(argv, named):
+    with pytest.raises(UserError) as e:
+        parse(*argv)
+    assert named in str(e.value) and "--help" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_wrong_choice_lists_the_right_ones():
+    with pytest.raises(UserError, match=r"fast.*random.*sorted"):
+        parse("--batching", "fast")
+
+
+def test_defaults_stand_in_for_the_dataclasses_own():
+    got = parse("--batch_size", "3", batch_size=5, lr=0.5, clean=False, data=["x"])
+    assert got == Train(lr=0.5, batch_size=3, clean=False, data=["x"])
+
+
+def test_lists_are_not_shared_between_two_calls():
+    parse().data.append("mine")
+    assert parse().data == []
+
+
+def test_several_dataclasses_share_one_command_line(monkeypatch):
+    train, rules = cli.parse("", Train, Rules, argv=["--min_words", "3", "--lr", "1"])
+    assert train == Train(lr=1.0) and rules == Rules(min_words=3)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--min_words", "4"])  # without argv: what the program was called with
+    assert cli.parse("", Train, Rules)[1] == Rules(min_words=4)
+
+
+def test_help_is_the_comments(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.parse("Trains: 100% of it.\n\n    python x.py  # line by line", Train, Rules, argv=["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0
+    assert "Trains: 100% of it. python x.py # line by line" in out
+    for text in ("--lr FLOAT peak learning rate; 100% of it after the warm-up", "--batch_size INT recipes in a micro-batch",
+                 "--clean, --no-clean apply the rules", '--data DATA [DATA ...] recipe files; "a#b" is one name',
+                 "--batching {random,sorted} how batches are cut", "--title STR what is asked", "--min_words INT fewer: dropped"):
+        assert text in out
+
+
+# ---- bounds ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lr", [0, 0.5, 1])
+def test_bounds_are_inclusive(lr):
+    cli.bound(Train(lr=lr), lr=(0, 1), batch_size=(8, float("inf")))
+
+
+@pytest.mark.parametrize(("lr", "low", "high", "sentence"), [
+    (-0.1, 0, 1, "--lr -0.1 is out of range: it must be at least 0 and at most 1."),
+    (1.5, 0, 1, "--lr 1.5 is out of range: it must be at least 0 and at most 1."),
+    (float("nan"), 0, 1, "--lr nan is out of range: it must be at least 0 and at most 1."),
+    (1, 2, float("inf"), "--lr 1 is out of range: it must be at least 2."),
+    (float("nan"), 0, float("inf"), "--lr nan is out of range: it must be at least 0."),
+])
+def test_out_of_bounds(lr, low, high, sentence):
+    with pytest.raises(UserError) as e:
+        cli.bound(Train(lr=lr), batch_size=(1, 8), lr=(low, high))
+    assert str(e.value) == sentence
+
+
+# ---- run: exit codes and sentences ----------------------------------------------------------------------------------
+
+def ended(capsys, main):
+    """(exit code, stdout, stderr) of run(main)"""
+    with pytest.raises(SystemExit) as e:
+        cli.run(main)
+    return e.value.code, *capsys.readouterr()
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+def test_success_is_0_and_silent(capsys):
+    assert ended(capsys, lambda: None) == (0, "", "")
+
+
+def test_what_main_returns_is_the_exit_code(capsys):
+    assert ended(capsys, lambda: 143) == (143, "", "")
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [
+    (UserError("--lr is too large."), 2, "error: --lr is too large.\n"),
+    (KeyboardInterrupt(), 130, "stopped.\n"),
+])
+def test_a_mistake_and_ctrl_c_are_one_line_on_stderr(capsys, error, code, line):
+    assert ended(capsys, raising(error)) == (code, "", line)
+
+
+@pytest.mark.parametrize(("number", "text"), [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded"),
+                                              (errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied"),
+                                              (errno.EFBIG, "File too large")])
+def test_a_disk_that_takes_no_more_is_one_line_that_names_the_file(capsys, number, text):
+    code, out, err = ended(capsys, raising(OSError(number, text, "out/run.json")))
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: cannot write (out/run.json): " + text)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), OSError(errno.EIO, "Input/output error"), KeyError("x")])
+def test_an_error_of_ours_is_not_hidden(error):
+    with pytest.raises(type(error)):
+        cli.run(raising(error))
+
+
+def python(code, stdout=subprocess.PIPE):
+    """A program of one line in a process of its own, with stdout buffered as in a user's shell."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", f"import cli\n{code}"], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True,
+                          env=env, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_no_traceback_for_a_mistake():
+    code = "def main(): cli.parse('', argv=['--x'])\ncli.run(main)"
+    assert python(code) == (2, "", "error: unrecognized arguments: --x (see --help)\n")
+
+
+def test_a_traceback_for_an_error_of_ours():
+    code, _, err = python("cli.run(lambda: 1 // 0)")
+    assert code == 1 and err.startswith("Traceback") and err.endswith("ZeroDivisionError: integer division or modulo by zero\n")
+
+
+@pytest.mark.parametrize("letters", [10, 1_000_000], ids=["short output", "long output"])
+def test_a_closed_pipe_is_a_silent_end(letters):
+    """`python data.py --json | head -0`: a short output is still in Python's buffer when main() ends."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        code, _, err = python(f"cli.run(lambda: print('x' * {letters}))", stdout=write)
+    finally:
+        os.close(write)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("letters", [10, 1_000_000], ids=["short output", "long output"])
+def test_results_that_find_no_space_are_an_error(letters):
+    """`python data.py --json > account.json` on a full disk."""
+    with open("/dev/full", "w") as full:
+        code, _, err = python(f"cli.run(lambda: print('x' * {letters}))", stdout=full)
+    assert code == 1 and err.startswith("error: cannot write: No space left on device") and err.count("\n") == 1
+
+
+# ---- receipts and progress ------------------------------------------------------------------------------------------
+
+def test_a_receipt_is_one_line_on_stderr(capsys):
+    cli.say("read", "3 recipes")
+    cli.say("", "")
+    assert capsys.readouterr() == ("", "read         3 recipes\n\n")
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys):
+    bar = cli.Progress(4, "train", every=0)
+    for n in range(4):
+        bar.step(text=f"loss {n}")
+    bar.line("saved", "out")
+    bar.close()
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and "\r" not in err and "\x1b" not in err
+    assert [line.split("  ")[0].split() for line in lines] == [["train", "1/4"], ["train", "2/4"], ["train", "3/4"], ["train", "4/4"],
+                                                               ["saved"]]
+    assert "loss 2" in lines[2] and lines[3].endswith("0 s left")
+
+
+def test_progress_without_a_terminal_is_not_a_line_a_step(capsys, monkeypatch):
+    """A line every ten seconds, and one at the end."""
+    now = [100.0]
+    monkeypatch.setattr(cli.time, "time", lambda: now[0])
+    bar = cli.Progress(50, "train")
+    for _ in range(50):
+        now[0] += 1
+        bar.step()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["10/50", "20/50", "30/50", "40/50", "50/50"]
+    assert [line.split("  ")[-1].strip() for line in lines] == ["40 s left", "30 s left", "20 s left", "10 s left", "0 s left"]
+
+
+def test_progress_of_unknown_length(capsys):
+    bar = cli.Progress(None, "tokenise", every=0)
+    bar.step(2048)
+    bar.step(2)
+    assert [line.split() for line in capsys.readouterr().err.splitlines()] == [["tokenise", "2048"], ["tokenise", "2050"]]
+
+
+def test_progress_on_a_terminal_is_a_bar_that_receipts_do_not_tear(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = cli.Progress(3, "train")
+    bar.step(2, "loss 1.5")
+    bar.line("saved", "out")
+    bar.bar.refresh()
+    bar.close()
+    shown = sys.stderr.getvalue()
+    assert "\rtrain" in shown and "2/3" in shown and "loss 1.5" in shown
+    assert any(line.endswith("\rsaved        out") for line in shown.split("\n"))  # at the start of a line

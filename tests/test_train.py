@@ -1,0 +1,327 @@
+"""The whole run on a tiny model: every flag flipped, every fast path against its slow one, stopped and resumed, refused."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, made_recipes, make_model, program, write_jsonl
+from safetensors.torch import load_file
+
+import cli
+import data
+import train
+
+
+@pytest.fixture
+def base(tiny_model, tiny_recipes, tmp_path):
+    """Flags of a run that takes a second."""
+    return ["--model", tiny_model, "--data", tiny_recipes, "--cache", tmp_path / "cache", "--val_recipes", 8, "--max_steps", 6,
+            "--eval_every", 3, "--lr", "5e-3", "--warmup_steps", 2, "--dtype", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run train.py in this process as a user would: (exit code, stdout, stderr)."""
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        monkeypatch.setattr(train, "write_recipe", lambda *_: print("a recipe"))  # slow, and test_sample.py's business
+        with pytest.raises(SystemExit) as stop:
+            cli.run(train.with_advice)
+        said = capsys.readouterr()
+        return stop.value.code, said.out, said.err
+    return call
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [line["loss"] for line in metrics(out) if line["loss"] is not None]
+
+
+def essence(out):
+    """What must be the same bit for bit in a run that was stopped and resumed."""
+    return [{k: line.get(k) for k in ("step", "loss", "lr", "grad_norm", "target_tokens", "val_loss")} for line in metrics(out)]
+
+
+def ok(result):
+    code, out, err = result
+    assert code == 0, err
+    return out
+
+
+def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
+    """One run as a user starts it: recipe before, recipe after, one JSON line; the loss falls; the folder is complete."""
+    out = tmp_path / "out"
+    done = program("train.py", *base, "--out", out)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert set(last) == {"steps", "val_loss_before", "val_loss_after", "tokens_per_s", "peak_mem_gb"}
+    assert last["steps"] == 6 and last["val_loss_after"] < last["val_loss_before"] - 0.3
+    assert [line["step"] for line in metrics(out)] == list(range(7))
+    assert [line["step"] for line in metrics(out) if "val_loss" in line] == [0, 3, 6]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "best/adapter_model.safetensors", "run.json", "curve.png",
+                 "state.safetensors", "state.json"):
+        assert (out / name).stat().st_size > 0, name
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.rglob("*.part"))
+    assert json.loads((out / "run.json").read_text())["config"]["lr"] == 5e-3
+    assert "config" in done.stderr and "check" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [
+    ["--attn", "naive"], ["--no-fused_loss"], ["--grad_ckpt"], ["--batch_size", 4, "--grad_accum", 2],
+    ["--batch_size", 2, "--grad_accum", 4], pytest.param(["--compile"], marks=pytest.mark.slow),
+    pytest.param(["--compile", "--grad_ckpt"], marks=pytest.mark.slow)], ids=str)
+def test_a_fast_path_gives_the_losses_of_the_slow_one(base, run, tmp_path, flags):
+    ok(run(*base, "--out", tmp_path / "a"))
+    ok(run(*base, "--out", tmp_path / "b", *flags))
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
+    a, b = (load_file(tmp_path / x / "adapter_model.safetensors") for x in "ab")
+    for name in a:
+        assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-6, name
+
+
+def test_accumulation_is_the_gradient_of_one_larger_batch(base, run, tmp_path, monkeypatch):
+    """1 x 8 and 8 x 1 at the first step, with very different numbers of target tokens in the micro-batches."""
+    norms = []
+    monkeypatch.setattr(train, "check_gradients", lambda m, params: norms.append([p.grad.clone() for p in params.values()]))
+    for n, flags in enumerate((["--batch_size", 8], ["--batch_size", 1, "--grad_accum", 8])):
+        ok(run(*base, "--out", tmp_path / str(n), "--batching", "random", "--mask_prompt", "--max_steps", 1, *flags))
+    largest = max(g.abs().max() for g in norms[0])
+    for a, b in zip(*norms):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(largest))
+
+
+def test_held_out_loss_is_the_same_in_batches_and_one_by_one(base, run, tmp_path):
+    """Padding changes nothing: the loss of each recipe alone, in sorted batches, and by a token budget."""
+    seen = []
+    for n, flags in enumerate((["--batch_size", 1], ["--batch_size", 8], ["--batch_tokens", 900])):
+        ok(run(*base, "--out", tmp_path / str(n), "--max_steps", 1, *flags))
+        seen.append(metrics(tmp_path / str(n))[0]["val_loss"])
+    assert seen == pytest.approx([seen[0]] * 3, rel=1e-5)
+
+
+def test_the_loss_that_is_logged_is_transformers_loss(base, run, tmp_path, tiny_model, tiny_recipes):
+    """Step 0's val_loss against LlamaForCausalLM on the same recipes, each alone, weighted by target tokens."""
+    from transformers import LlamaForCausalLM
+    ok(run(*base, "--out", tmp_path / "out", "--max_steps", 1))
+    reference = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    cfg = data.Data(model=str(tiny_model), data=[str(tiny_recipes)], val_recipes=8, cache=str(tmp_path / "cache"))
+    _, held, _ = data.prepare(cfg, train.recipes.Rules(), tiny_model)
+    total = count = 0
+    for i in held.val:
+        ids = torch.tensor(held.ids(i))[None]
+        with torch.no_grad():
+            total += reference(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert metrics(tmp_path / "out")[0]["val_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--lora_r", 0], ["--lora_targets", "q_proj,v_proj"], ["--rslora"], ["--lora_dropout", 0.2], ["--mask_prompt"], ["--no-clean"],
+    ["--batching", "random"], ["--batch_tokens", 600], ["--dtype", "bf16"], ["--dtype", "bf16", "--lora_r", 0], ["--grad_clip", 0],
+    ["--weight_decay", 0.1], ["--max_steps", 0, "--epochs", 1], ["--seed", 7], ["--save_every", 2], ["--max_len", 200],
+    ["--lora_alpha", 8], ["--optim", "adamw"], ["--allow_bad", 0.5]], ids=str)
+def test_each_flag_runs_and_learns(base, run, tmp_path, flags):
+    out = tmp_path / "out"
+    last = json.loads(ok(run(*base, "--out", out, *flags)).splitlines()[-1])
+    assert last["val_loss_after"] < last["val_loss_before"]
+
+
+def test_a_run_of_all_weights_can_be_read_by_transformers(base, run, tmp_path):
+    from transformers import LlamaForCausalLM
+    ok(run(*base, "--out", tmp_path / "out", "--lora_r", 0))
+    trained = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(trained.model.layers[0].mlp.up_proj.weight, saved["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_val_data_is_what_is_measured(base, run, tmp_path):
+    other = write_jsonl(tmp_path / "val.jsonl", made_recipes(12, seed=5))
+    ok(run(*base, "--out", tmp_path / "out", "--val_data", other))
+    titles = json.loads((tmp_path / "out" / "run.json").read_text())["titles"]
+    assert titles and set(titles) <= {r["title"] for r in made_recipes(12, seed=5)}
+
+
+def test_patience_stops_a_run_that_does_not_get_better(base, run, tmp_path):
+    code, out, err = run(*base, "--out", tmp_path / "out", "--lr", 0, "--max_steps", 50, "--eval_every", 1, "--patience", 3)
+    assert code == 0 and json.loads(out.splitlines()[-1])["steps"] == 3
+    assert "no progress in 3 evaluations" in err
+
+
+def test_best_is_the_adapter_of_the_best_evaluation(base, run, tmp_path, monkeypatch):
+    values = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr(train, "evaluate", lambda *a: next(values))
+    ok(run(*base, "--out", tmp_path / "out", "--eval_every", 2))
+    facts = json.loads((tmp_path / "out" / "state.json").read_text())
+    assert (facts["best_step"], facts["best_val"], facts["step"]) == (2, 1.0, 6)
+    best, last = (load_file(tmp_path / "out" / p / "adapter_model.safetensors") for p in ("best", "."))
+    assert any(not torch.equal(best[k], last[k]) for k in best)
+
+
+def test_init_adapter_begins_where_the_other_ended(base, run, tmp_path):
+    ok(run(*base, "--out", tmp_path / "a"))
+    ok(run(*base, "--out", tmp_path / "b", "--init_adapter", tmp_path / "a"))
+    assert metrics(tmp_path / "b")[0]["val_loss"] == metrics(tmp_path / "a")[-1]["val_loss"]
+
+
+# --- stopping and resuming ---
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(base, run, tmp_path, monkeypatch, number, code):
+    flags = [*base, "--lora_dropout", 0.1, "--batch_size", 3, "--grad_accum", 2, "--max_steps", 12, "--eval_every", 5]
+    ok(run(*flags, "--out", tmp_path / "whole"))
+    log = train.state.Run.log
+
+    def log_and_signal(self, line):
+        log(self, line)
+        if line["step"] == 5:  # an evaluation's step, in the middle of the first epoch (9 steps)
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(train.state.Run, "log", log_and_signal)
+    got, _, err = run(*flags, "--out", tmp_path / "cut")
+    assert got == code and "--resume" in err
+    monkeypatch.setattr(train.state.Run, "log", log)
+    ok(run("--resume", "--out", tmp_path / "cut"))  # its flags come from run.json
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    for name in ("adapter_model.safetensors", "best/adapter_model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_killed_run_goes_on_from_its_last_save(base, run, tmp_path):
+    """kill -9: no handler runs. Steps after the last save are made again, and stand in metrics.jsonl once."""
+    flags = [*base, "--max_steps", 150, "--save_every", 3, "--eval_every", 1000]
+    out = tmp_path / "cut"
+    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--out", str(out)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 120
+        while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 8):
+            time.sleep(0.02)
+    finally:
+        child.kill()
+        child.wait()
+    stopped = json.loads((out / "state.json").read_text())["step"]
+    assert 3 <= stopped < 150
+    ok(run("--resume", "--out", out, "--save_every", 1000))
+    ok(run(*flags, "--out", tmp_path / "whole"))
+    assert [line["step"] for line in metrics(out)] == list(range(151))
+    assert essence(out) == essence(tmp_path / "whole")
+
+
+def metrics_so_far(out):
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_resume_may_go_further(base, run, tmp_path):
+    ok(run(*base, "--out", tmp_path / "out"))
+    code, _, err = run("--resume", "--out", tmp_path / "out")
+    assert code == 2 and "raise --max_steps" in err
+    code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9)
+    assert code == 0 and "the schedule was for 6 steps and is for 9" in err
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(10))
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--lr", 1e-3], "--lr"), (["--seed", 2], "--seed"), (["--batch_size", 5], "--batch_size"), (["--lora_r", 8], "--lora_r"),
+    (["--mask_prompt"], "--mask_prompt"), (["--min_words", 1], "--min_words")], ids=str)
+def test_a_resume_with_flags_of_another_run_is_refused(base, run, tmp_path, flags, word):
+    ok(run(*base, "--out", tmp_path / "out"))
+    before = (tmp_path / "out" / "state.safetensors").read_bytes()
+    code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, *flags)
+    assert code == 2 and word in err and "Traceback" not in err
+    assert (tmp_path / "out" / "state.safetensors").read_bytes() == before
+
+
+def test_a_resume_with_another_base_or_heap_is_refused(base, run, tmp_path):
+    ok(run(*base, "--out", tmp_path / "out"))
+    other = make_model(tmp_path / "other", seed=3)
+    code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, "--model", other)
+    assert code == 2 and "base model" in err
+    heap = write_jsonl(tmp_path / "other.jsonl", made_recipes(60, seed=4))
+    code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, "--data", heap)
+    assert code == 2 and "data" in err
+
+
+def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
+    ok(run(*base, "--out", tmp_path / "out"))
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    code, _, err = run(*base, "--out", tmp_path / "out", "--seed", 3)
+    assert code == 0 and "out.1" in err
+    assert (tmp_path / "out.1" / "adapter_model.safetensors").read_bytes() == before
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--learning_rate", 1], "learning_rate"), (["--lr", "fast"], "lr"), (["--batch_size", 0], "--batch_size"),
+    (["--lr", "nan"], "--lr"), (["--attn", "quick"], "attn"), (["--max_len", 5000], "--max_len"), (["--max_len", 20], "max_len"),
+    (["--model", "/nowhere"], "/nowhere"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--resume"], "--resume"),
+    (["--init_adapter", "/nowhere"], "/nowhere"), (["--lora_targets", "q_proj,qq"], "qq"), (["--device", "gpu"], "gpu"),
+    (["--min_words", 10**6], "too_short"), (["--batch_tokens", 30], "--batch_tokens"), (["--loraX"], "loraX")], ids=str)
+def test_a_mistake_gets_one_sentence(base, run, tmp_path, flags, word):
+    code, out, err = run(*base, "--out", tmp_path / "out", *flags)
+    assert code == 2 and not out
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and word in last and "Traceback" not in err
+
+
+def test_two_processes_on_one_folder(base, run, tmp_path):
+    held = train.state.Run(tmp_path / "out", resume=False)
+    code, _, err = run(*base, "--out", tmp_path / "out")
+    assert code == 2 and "another process" in err
+    assert held.folder.exists()
+
+
+def test_a_heap_smaller_than_a_batch_trains_and_says_so(base, run, tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", made_recipes(5))
+    code, _, err = run(*base, "--data", few, "--val_recipes", 2, "--out", tmp_path / "out")
+    assert code == 0 and "a step wants 8 recipes and there are 3" in err
+
+
+def test_a_loss_that_is_no_number_stops_the_run(base, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.models, "sum_loss", lambda h, *a, **k: h.sum() * float("nan"))
+    monkeypatch.setattr(train, "evaluate", lambda *a: 1.0)
+    monkeypatch.setattr(train, "check_gradients", lambda *a: None)
+    code, _, err = run(*base, "--out", tmp_path / "out")
+    assert code == 2 and "the loss is nan at step 1" in err
+
+
+def test_a_lora_that_gets_no_gradient_is_found(base, run, tmp_path, monkeypatch):
+    """The classic: one layer is left out of the graph and nobody notices."""
+    project = train.lora.project
+    monkeypatch.setattr(train.lora, "project", lambda x, layers: project(x, layers) if len(layers) > 1 else [layers[0].base(x)])
+    code, _, err = run(*base, "--out", tmp_path / "out")
+    assert code == 2 and "o_proj" in err
+
+
+def test_out_of_memory_says_which_flags_help(base, run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(train.models, "sum_loss", full)
+    code, _, err = run(*base, "--out", tmp_path / "out")
+    assert code == 2 and "--grad_ckpt" in err and "Traceback" not in err
+
+
+def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
+    """The second save fails half-way: the first is still whole, and a resume goes on from it."""
+    save_file, calls = train.state.save_file, []
+
+    def full_later(tensors, path, metadata=None):
+        calls.append(path)
+        if len(calls) > 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        save_file(tensors, path, metadata=metadata)
+    monkeypatch.setattr(train.state, "save_file", full_later)
+    code, _, err = run(*base, "--out", tmp_path / "out", "--save_every", 2, "--eval_every", 100)
+    assert code == 1 and "No space left" in err and "Traceback" not in err
+    monkeypatch.setattr(train.state, "save_file", save_file)
+    assert not list((tmp_path / "out").rglob("*.part"))
+    ok(run("--resume", "--out", tmp_path / "out", "--save_every", 50))
