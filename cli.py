@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import errno
 import inspect
+import os
 import re
 import sys
 import time
@@ -76,13 +77,13 @@ def say(what, text=""):
 def run(main):
     """Call main(); turn a user's mistake, a full disk, Ctrl-C and a closed pipe into a sentence and an exit code."""
     try:
-        sys.exit(main() or 0)
+        code, message = main() or 0, ""
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is still a sentence
     except UserError as e:
         code, message = 2, f"error: {e}"
     except KeyboardInterrupt:
         code, message = 130, "stopped."
     except BrokenPipeError:  # `python data.py --json | head`
-        sys.stdout = None
         code, message = 0, ""
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
@@ -91,6 +92,10 @@ def run(main):
         code, message = 1, f"error: cannot write{where}: {e.strerror}. Nothing was half-written; free some space or choose another folder."
     if message:
         print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what could not be written would fail once more at Python's exit, with a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

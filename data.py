@@ -139,7 +139,8 @@ def tokenise(files, cfg, rules, text):
         bar.close()
         np.save(part / "rows.npy", np.array(rows, dtype=ROW))
         (part / "account.json").write_text(json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8")
-        part.rename(done)
+        if not done.exists():  # another process may have been quicker, with the same
+            part.rename(done)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return done
@@ -169,10 +170,11 @@ class Heap:
         self.rows = np.delete(self.rows, long)
         self.account["kept"] = len(self.rows)
         if not len(self.rows):
-            took = {**self.account["dropped"]}
+            took = self.account["dropped"]
             most = max(took, key=took.get)
-            raise UserError(f"no recipe is left of {self.account['read']} read: {most} took {took[most]}. "
-                            "Loosen that bound (--help lists them).")
+            why = f"{most} took {took[most]}; loosen that bound (--help lists them)" if took[most] else \
+                f"all {self.account['bad']} rows are bad: {'; '.join(self.account['bad_examples'])}"
+            raise UserError(f"no recipe is left of {self.account['read']} read: {why}.")
 
 
 def prepare(cfg, rules, folder):
@@ -183,10 +185,10 @@ def prepare(cfg, rules, folder):
         raise UserError(f"--max_len {cfg.max_len} is beyond the {text.window} positions of this model.")
     files = [Path(f).resolve() for f in cfg.data] or [convert.default_recipes(cache_folder(cfg))]
 
-    def load(files):
+    def load(files, flag):
         for f in files:
             if not f.is_file():
-                raise UserError(f"--data: {f} is no file.")
+                raise UserError(f"{flag}: {f} is no file.")
         heap = Heap(tokenise(files, cfg, rules, text))
         heap.drop_long(cfg.max_len, text)
         if 0 < cfg.batch_tokens < heap.rows["length"].max():
@@ -194,9 +196,9 @@ def prepare(cfg, rules, folder):
                             "raise it, or lower --max_len.")
         return heap
 
-    heap = load(files)
+    heap = load(files, "--data")
     if cfg.val_data:
-        held = load([Path(f).resolve() for f in cfg.val_data])
+        held = load([Path(f).resolve() for f in cfg.val_data], "--val_data")
         held.val = np.random.default_rng(cfg.seed).permutation(len(held.rows))[:cfg.val_recipes]
         heap.train = np.flatnonzero(~np.isin(heap.rows["key"], held.rows["key"]))
     else:
@@ -228,7 +230,7 @@ def cut(order, lengths, batch_size, batch_tokens):
 def plan(lengths, cfg, epoch, grad_accum=1):
     """An epoch: a list of steps, a step a list of grad_accum micro-batches, a micro-batch an array of positions in `lengths`.
 
-    A pure function of its arguments and the seed. Every recipe is there once. The step with the longest recipe comes first,
+    A pure function of its arguments and the seed. Every recipe is there once. The widest step comes first,
     so that running out of memory shows at once (lit-llama's length_grouped_sampler does the same). Micro-batches of a step are
     neighbours: N of batch B hold what one of batch N x B holds, so accumulation changes no loss."""
     rng = np.random.default_rng([cfg.seed, epoch])
@@ -239,8 +241,8 @@ def plan(lengths, cfg, epoch, grad_accum=1):
     steps = [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
     if cfg.batching == "sorted":
         rng.shuffle(steps)
-    longest = max(range(len(steps)), key=lambda i: max(lengths[b].max() for b in steps[i]))
-    steps[0], steps[longest] = steps[longest], steps[0]
+    widest = max(range(len(steps)), key=lambda i: sum(map(len, steps[i])) * max(lengths[b].max() for b in steps[i]))
+    steps[0], steps[widest] = steps[widest], steps[0]
     return steps
 
 
@@ -362,6 +364,7 @@ def show(heap, text, cfg, n):
 def main():
     cfg, rules, what = cli.parse(__doc__, Data, recipes.Rules, Show)
     check(cfg)
+    cli.bound(what, show=(0, float("inf")))
     heap, held, text = prepare(cfg, rules, convert.resolve(cfg.model, cache_folder(cfg)))
     if what.show:
         show(heap, text, cfg, what.show)

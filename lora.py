@@ -39,6 +39,7 @@ class LoRA(nn.Module):
         device, bound = next(base.parameters()).device, 1 / math.sqrt(base.in_features)  # PEFT's kaiming_uniform_(a=sqrt(5))
         self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator).to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        self.train(base.training)  # a model in eval() stays so: no dropout
 
     def mm(self, x):
         return self.base.mm(x)
@@ -148,17 +149,22 @@ def read_config(folder):
     """adapter_config.json; a variant that this file does not compute is refused by name."""
     path = Path(folder) / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
         r, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} cannot be read as a LoRA adapter's configuration ({e!r}).") from None
+    if not (isinstance(r, int) and r > 0 and isinstance(alpha, (int, float)) and isinstance(targets, (list, str))):
+        raise UserError(f"{path}: r = {r!r}, lora_alpha = {alpha!r}, target_modules = {targets!r} are no LoRA adapter's.")
     for key, fine in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("modules_to_save", None), ("rank_pattern", {}),
-                      ("alpha_pattern", {}), ("layers_to_transform", None), ("lora_bias", False), ("fan_in_fan_out", False)):
+                      ("alpha_pattern", {}), ("layers_to_transform", None), ("lora_bias", False), ("fan_in_fan_out", False),
+                      ("alora_invocation_tokens", None)):
         if (config.get(key) or fine) != fine:
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported, only {fine!r}.")
+    if str(config.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base model's own weights.")
     if isinstance(targets, str) and targets != "all-linear":
         raise UserError(f"{path}: target_modules = {targets!r} is a pattern; only a list of names or all-linear is supported.")
-    names = "all" if isinstance(targets, str) else ",".join(targets)
+    names = "all" if isinstance(targets, str) else ",".join(sorted({t.rpartition(".")[2] for t in targets}))  # may be paths
     return {"r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0, "targets": names,
             "rslora": bool(config.get("use_rslora"))}
 

@@ -13,6 +13,7 @@ Frozen layers come from outside through `make_linear` and a group of layers that
 """
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +43,15 @@ class ModelConfig:
     mlp_bias: bool
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
 def read_config(folder):
     """ModelConfig of a Hugging Face folder. What this file cannot reproduce is refused by name."""
     path = Path(folder) / "config.json"
     try:
-        c = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        c = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} cannot be read ({e}); a model folder needs config.json.") from None
     kind = (c.get("architectures") or ["?"])[0]
     if kind not in ("LlamaForCausalLM", "MistralForCausalLM"):
@@ -64,18 +68,21 @@ def read_config(folder):
     for what, is_refused in refused.items():
         if is_refused:
             raise UserError(f"{path}: {what} is not supported; use a checkpoint without it.")
+    for size in SIZES:
+        if not isinstance(c.get(size), int) or c[size] < 1:
+            raise UserError(f"{path}: {size} is {c.get(size)!r}, where a number is wanted.")
+    heads = c["num_attention_heads"]
     try:
-        heads = c["num_attention_heads"]
         cfg = ModelConfig(
-            vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
-            num_hidden_layers=c["num_hidden_layers"], num_attention_heads=heads,
+            **{size: c[size] for size in SIZES},
             num_key_value_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
             max_position_embeddings=c.get("max_position_embeddings", 2048), rms_norm_eps=c.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 10000.0, rope_scaling=rope,
             tie_word_embeddings=c.get("tie_word_embeddings", False), attention_bias=c.get("attention_bias", False),
             mlp_bias=c.get("mlp_bias", False))
-    except KeyError as e:
-        raise UserError(f"{path}: {e} is missing.") from None
+        rope_frequencies(cfg)
+    except (KeyError, TypeError, ZeroDivisionError) as e:
+        raise UserError(f"{path}: a value is missing or makes no sense ({e!r}).") from None
     if heads % cfg.num_key_value_heads:
         raise UserError(f"{path}: {heads} heads cannot be shared out over {cfg.num_key_value_heads} key/value heads.")
     return cfg
@@ -127,18 +134,14 @@ def attention(q, k, v, mask, flash):
     return scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v
 
 
-def plain_project(h, layers):
-    """The layers of a group, each called on the input they share."""
-    return [layer(h) for layer in layers]
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, cfg, flash):
         super().__init__()
         C, D, H, K, width = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.intermediate_size
-        self.D, self.flash, self.project = D, flash, plain_project
+        self.D, self.flash = D, flash
+        self.project = lambda h, layers: [layer(h) for layer in layers]  # lora.py sets its own here
         self.input_layernorm = RMSNorm(C, cfg.rms_norm_eps)
         self.q_proj = nn.Linear(C, H * D, bias=cfg.attention_bias)
         self.k_proj = nn.Linear(C, K * D, bias=cfg.attention_bias)
@@ -279,19 +282,18 @@ def plain_linear(name, tensor):
 
 def hf_name(name):
     """This file's parameter name in a Hugging Face checkpoint: layers.0.q_proj.weight -> model.layers.0.self_attn.q_proj.weight."""
-    if name.startswith("lm_head"):
-        return name
-    for part, parent in (("q_proj", "self_attn"), ("k_proj", "self_attn"), ("v_proj", "self_attn"), ("o_proj", "self_attn"),
-                         ("gate_proj", "mlp"), ("up_proj", "mlp"), ("down_proj", "mlp")):
-        name = name.replace(f".{part}", f".{parent}.{part}")
-    return f"model.{name}"
+    name = re.sub(r"([qkvo]_proj)", r"self_attn.\1", re.sub(r"((?:gate|up|down)_proj)", r"mlp.\1", name))
+    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def shards(folder):
     """The safetensors files of a folder, by its index if it has one."""
     folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [folder / f for f in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{index} cannot be read ({e!r}); fetch it again.") from None
     else:
         files = [folder / "model.safetensors"]
     for f in files:

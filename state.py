@@ -11,9 +11,11 @@ What makes a resume exact: the trained tensors, the optimiser's, the random gene
 which appears in one rename. A run killed between any two writes goes on from the last whole state.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -64,7 +66,8 @@ def write_tensors(path, tensors, metadata=None):
         try:
             save_file(tensors, beside, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as e:
-            raise OSError(28 if "space" in str(e) else 5, str(e), str(path)) from None
+            number = re.search(r"os error (\d+)", str(e))
+            raise OSError(int(number[1]) if number else errno.EIO, str(e), str(path)) from None
 
 
 def fingerprint(folder):
@@ -84,11 +87,16 @@ def fingerprint(folder):
 class Run:
     def __init__(self, folder, resume):
         """Own the folder. A run that is there already is resumed, or renamed to folder.1, folder.2, …; nothing is deleted."""
-        self.folder = Path(folder)
+        self.folder = Path(folder).resolve()
         if resume and not (self.folder / STATE).exists():
             raise UserError(f"--resume: {self.folder} holds no {STATE} to go on from.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"--out {folder} is a file, or lies in one; name a folder.") from None
         self.lock = self.own()
+        if not resume and self.folder == Path.cwd() and any((self.folder / name).exists() for name in MADE_HERE):
+            raise UserError(f"--out {folder} is the current folder and holds a run: it cannot be renamed; name another --out.")
         if not resume and any((self.folder / name).exists() for name in MADE_HERE):
             n = 1
             while (old := self.folder.with_name(f"{self.folder.name}.{n}")).exists():
@@ -137,6 +145,7 @@ class Run:
     def forget_after(self, step):
         """Drop the metrics of steps that will be made again."""
         lines = [line for line in self.history() if line["step"] <= step]
+        self.metrics = self.metrics and self.metrics.close()  # it is open on the file that is replaced now
         with atomic(self.folder / "metrics.jsonl") as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -155,7 +164,9 @@ class Run:
         tensors["random.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        write_tensors(self.folder / STATE, tensors, {"facts": json.dumps(facts), "scalars": json.dumps(scalars)})
+        shapes = {name: list(t.shape) for name, t in tensors.items()}
+        write_tensors(self.folder / STATE, tensors, {k: json.dumps(v) for k, v in
+                                                     (("facts", facts), ("scalars", scalars), ("shapes", shapes))})
         write_json(self.folder / "state.json", facts)  # for people; the resume reads the copy inside STATE
 
     def load_state(self, optimizer, params):
@@ -164,7 +175,9 @@ class Run:
         try:
             with safe_open(path, framework="pt") as f:
                 meta, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.offset_keys()}
-            facts, scalars = json.loads(meta["facts"]), json.loads(meta["scalars"])
+            facts, scalars, shapes = (json.loads(meta[key]) for key in ("facts", "scalars", "shapes"))
+            if shapes != {name: list(t.shape) for name, t in tensors.items()}:
+                raise ValueError("its tensors are not those that were saved")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{path} cannot be read ({e}); start again without --resume: the old run is kept.") from None
         for name, p in params.items():

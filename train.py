@@ -125,6 +125,12 @@ def build(cfg, folder, device):
     return model, params, autocast
 
 
+def make_optimizer(cfg, params):
+    kinds = {"adamw": partial(torch.optim.AdamW, fused=True)}
+    say("optim", f"{cfg.optim}, {8 * sum(p.numel() for p in params.values()) / 1e6:.0f} MB of states")
+    return kinds[cfg.optim](params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+
 # --- 2. checks of the classic silent mistakes ---
 
 
@@ -310,7 +316,7 @@ def main():
     if not cfg.batch_tokens and len(heap.train) < per_step:
         say("note", f"a step wants {per_step} recipes and there are {len(heap.train)}: it trains on those")
     model, params, autocast = build(cfg, base, device)
-    optimizer = torch.optim.AdamW(params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = make_optimizer(cfg, params)
 
     run = state.Run(cfg.out, cfg.resume)
     info = about(cfg, rules, base, heap, held, text)

@@ -264,13 +264,13 @@ def test_progress_without_a_terminal_is_not_a_line_a_step(capsys, monkeypatch):
     """A line every ten seconds, and one at the end."""
     now = [100.0]
     monkeypatch.setattr(cli.time, "time", lambda: now[0])
-    bar = cli.Progress(50, "train")
-    for _ in range(50):
+    bar = cli.Progress(55, "train")
+    for _ in range(55):
         now[0] += 1
         bar.step()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["10/50", "20/50", "30/50", "40/50", "50/50"]
-    assert [line.split("  ")[-1].strip() for line in lines] == [f"{n} s left" for n in (40, 30, 20, 10, 0)]
+    assert [line.split()[1] for line in lines] == ["10/55", "20/55", "30/55", "40/55", "50/55", "55/55"]
+    assert [line.split("  ")[-1].strip() for line in lines] == [f"{n} s left" for n in (45, 35, 25, 15, 5, 0)]
 
 
 def test_progress_of_unknown_length(capsys):
