@@ -86,7 +86,7 @@ def resolve(model, cache):
     try:  # some repositories hold the weights twice: once more in consolidated*, or in a folder
         folder = Path(huggingface_hub.snapshot_download(
             name[1], revision=name[2], allow_patterns=["*.json", "*.safetensors"],
-            ignore_patterns=["*/*"]))
+            ignore_patterns=["*/*", "consolidated*"]))
     except Exception as e:  # its own errors, and those of the transport below it
         if getattr(e, "errno", None):  # a full disk, say
             raise

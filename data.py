@@ -11,10 +11,9 @@ batch of which step it is in, `collate` pads that batch, `feed` copies it to the
 import hashlib
 import json
 import os
-import queue
 import shutil
-import threading
-from collections import namedtuple
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 
 import cli
 import recipes
-from cli import UserError, say
+from cli import UserError
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Data:
     max_len: int = 1024                # tokens; a longer recipe is dropped and counted, never cut
     mask_prompt: bool = False          # train on the completion only: for recipes, all that follows the title
     batching: Literal["random", "sorted"] = "sorted"  # sorted: batches of equal lengths, shuffled; a saw-like loss is normal
-    batch_size: int = 8                # recipes in a micro-batch
+    batch_size: int = 4                # recipes in a micro-batch
     batch_tokens: int = 0              # in place of batch_size: padded tokens in a micro-batch, short recipes in wide ones
     allow_bad: float = 0.01            # share of rows that may be broken
     clean: bool = True                 # apply the rules; --no-clean takes every recipe as it is
@@ -71,21 +70,18 @@ class Text:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # "<|im_end|>" inside somebody's recipe is text, not the end token
-        def read(name):
-            path = Path(folder) / name
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        tokens, config, generation = read("tokenizer_config.json"), read("config.json"), read("generation_config.json")
-        ends = [e for c in (config, generation) for e in np.atleast_1d(c.get("eos_token_id") or []).tolist()]
+        tokens, config, generation = ((json.loads(f.read_text(encoding="utf-8")) if f.exists() else {} for f in (
+            Path(folder) / f"{name}.json" for name in ("tokenizer_config", "config", "generation_config"))))
+        named = [c["eos_token_id"] for c in (config, generation) if c.get("eos_token_id") is not None]
+        ends = [e for e in np.hstack(named or [[]]).astype(int).tolist()]  # a number, or a list of them
         eos = tokens.get("eos_token")
         eos = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
         if eos is None and not ends:
             raise UserError(f"{folder} names no end token (eos_token_id in config.json, eos_token in tokenizer_config.json).")
         self.end = ends[0] if eos is None else eos  # what every recipe ends with
         self.ends = {self.end, *ends}               # what stops sampling
-        bos = config.get("bos_token_id")
-        first = self.tokenizer.encode("a").ids[:1]  # with the tokenizer's own post-processor
-        self.bos = [bos] if bos is not None and first == [bos] else []
-        self.vocab_size = config.get("vocab_size") or self.tokenizer.get_vocab_size()
+        bare, dressed = (self.tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        self.bos = dressed[:dressed.index(bare[0])]  # what the tokenizer's own post-processor puts before a text
         self.window = config.get("max_position_embeddings", 2048)
 
     def encode(self, texts):
@@ -237,13 +233,14 @@ def plan(lengths, cfg, epoch, grad_accum=1):
     order = rng.permutation(len(lengths))
     if cfg.batching == "sorted":
         order = order[np.argsort(-lengths[order], kind="stable")]  # equal lengths stay in random order
+    else:
+        longest = lengths[order].argmax()
+        order[[0, longest]] = order[[longest, 0]]
     batches = cut(order, lengths, cfg.batch_size, cfg.batch_tokens)
     steps = [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
-    if cfg.batching == "sorted":
-        rng.shuffle(steps)
-    widest = max(range(len(steps)), key=lambda i: sum(map(len, steps[i])) * max(lengths[b].max() for b in steps[i]))
-    steps[0], steps[widest] = steps[widest], steps[0]
-    return steps
+    later = steps[1:]
+    rng.shuffle(later)
+    return steps[:1] + later
 
 
 def padding(lengths, cfg):
@@ -255,6 +252,7 @@ def padding(lengths, cfg):
 # ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens; real: inputs
 # that are no padding; rows: which recipes
 Batch = namedtuple("Batch", "ids where targets real rows")
+TENSORS = ("ids", "where", "targets")
 
 
 def first_target(heap, i, mask_prompt, bos):
@@ -285,37 +283,21 @@ def collate(heap, rows, mask_prompt, bos):
 
 def feed(heap, batches, device, mask_prompt, bos, ahead=4):
     """Batches on the device, in order. A thread collates and pins them `ahead` of need, so the GPU never waits for one."""
-    ready, stop = queue.Queue(maxsize=ahead), threading.Event()
+    def make(rows):
+        batch = collate(heap, rows, mask_prompt, bos)
+        return batch._replace(**{k: getattr(batch, k).pin_memory() for k in TENSORS}) if device.type == "cuda" else batch
 
-    def put(item):
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                pass
+    def copied(batch):
+        return batch._replace(**{k: getattr(batch, k).to(device, non_blocking=True) for k in TENSORS})
 
-    def work():
-        try:
-            for rows in batches:
-                batch = collate(heap, rows, mask_prompt, bos)
-                put(batch._replace(**{k: getattr(batch, k).pin_memory() for k in ("ids", "where", "targets")})
-                    if device.type == "cuda" else batch)
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as e:  # noqa: BLE001 (handed to whoever waits for the batch)
-            put(e)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (batch := ready.get()) is not None:
-            if isinstance(batch, BaseException):
-                raise batch
-            yield batch._replace(**{k: getattr(batch, k).to(device, non_blocking=True) for k in ("ids", "where", "targets")})
-    finally:
-        stop.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        ready = deque()
+        for rows in batches:
+            ready.append(pool.submit(make, rows))
+            if len(ready) > ahead:
+                yield copied(ready.popleft().result())
+        while ready:
+            yield copied(ready.popleft().result())
 
 
 # --- python data.py ---
@@ -339,17 +321,16 @@ def full_account(heap, held, cfg):
 
 
 def print_account(a):
-    say("read", f"{a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")
-    for example in a["bad_examples"]:
-        say("", f"    bad: {example}")
+    lines = [("read", f"{a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")]
+    lines += [("", f"    bad: {example}") for example in a["bad_examples"]]
     for rule, count in a["dropped"].items():
-        say("dropped", f"{count:>7}  {rule}")
-        for example in a["examples"].get(rule, []):
-            say("", f"             {example}")
-    say("kept", f"{a['kept']} recipes, {a['held_out']} held out")
-    say("tokens", f"{a['tokens']:,}; a recipe has " + ", ".join(f"{v} ({k})" for k, v in a["lengths"].items()))
+        lines += [("dropped", f"{count:>7}  {rule}"), *(("", f"             {e}") for e in a["examples"].get(rule, []))]
     size = f"{a['batch_tokens']} tokens" if a["batch_tokens"] else f"{a['batch_size']} recipes"
-    say("padding", f"batches of {size}: random {a['padding']['random']:.1%}, sorted {a['padding']['sorted']:.2%}")
+    lines += [("kept", f"{a['kept']} recipes, {a['held_out']} held out"),
+              ("tokens", f"{a['tokens']:,}; a recipe has " + ", ".join(f"{v} ({k})" for k, v in a["lengths"].items())),
+              ("padding", f"batches of {size}: random {a['padding']['random']:.1%}, sorted {a['padding']['sorted']:.2%}")]
+    for what, text in lines:
+        print(f"{what:<12} {text}".rstrip())
 
 
 def show(heap, text, cfg, n):
@@ -370,9 +351,7 @@ def main():
         show(heap, text, cfg, what.show)
         return
     account = full_account(heap, held, cfg)
-    print_account(account)
-    if what.json:
-        print(json.dumps(account, ensure_ascii=False))
+    print(json.dumps(account, ensure_ascii=False)) if what.json else print_account(account)
 
 
 if __name__ == "__main__":

@@ -251,13 +251,13 @@ def test_a_file_in_the_place_of_the_folder_is_a_users_mistake(tmp_path):
 
 
 def test_a_current_folder_that_holds_a_run_is_not_renamed(tmp_path, monkeypatch):
-    """`--out .` is nothing to put a number behind, and a shell stands in it."""
+    """`--out .`: a shell stands in it."""
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     Path("run.json").write_text("{}")
     with pytest.raises(UserError, match="--out"):
         Run(".", resume=False)
-    assert (tmp_path / "out/run.json").exists()
+    assert (tmp_path / "out/run.json").exists() and names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff"])
