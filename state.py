@@ -31,7 +31,7 @@ except ImportError:  # Windows
     raise SystemExit("error: this program needs Linux or macOS; on Windows run it under WSL.") from None
 
 STATE = "state.safetensors"
-MADE_HERE = ("run.json", "adapter_model.safetensors", "model.safetensors", STATE)  # a folder with none of these holds no run
+MADE_HERE = ("adapter_model.safetensors", "model.safetensors", STATE)  # a folder with none of these holds no run
 
 
 @contextlib.contextmanager
@@ -106,6 +106,8 @@ class Run:
             self.folder.mkdir()
             self.old_lock, self.lock = self.lock, self.own()
         self.metrics = None
+        if not resume:
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that stopped before its first save
 
     def own(self):
         """flock is let go by the system when a process dies, however it dies: no stale lock to remove by hand."""

