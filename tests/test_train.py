@@ -20,7 +20,7 @@ import train
 def base(tiny_model, tiny_recipes, tmp_path):
     """Flags of a run that takes a second."""
     return ["--model", tiny_model, "--data", tiny_recipes, "--cache", tmp_path / "cache", "--val_recipes", 8, "--max_steps", 6,
-            "--eval_every", 3, "--lr", "5e-3", "--warmup_steps", 2, "--dtype", "fp32", "--device", "cpu"]
+            "--eval_every", 3, "--lr", "5e-3", "--warmup_steps", 2, "--batch_size", 8, "--dtype", "fp32", "--device", "cpu"]
 
 
 @pytest.fixture
