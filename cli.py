@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
 
 def helps(config):
     """{field: its comment}: the comment behind a field in the dataclass's source is its help text, so it is written once."""
-    lines = re.findall(r"^    (\w+): [^#\n]*?(?:# *(.*))?$", inspect.getsource(config), re.MULTILINE)
-    return {name: text for name, text in lines}
+    sources = "".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))  # inherited fields first
+    return dict(re.findall(r"^    (\w+): [^#\n]*?(?:# *(.*))?$", sources, re.MULTILINE))
 
 
 def add_flags(parser, config):
@@ -86,7 +86,7 @@ def run(main):
     except BrokenPipeError:  # `python data.py --json | head`
         code, message = 0, ""
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EEXIST, errno.ENOTDIR):
             raise
         where = f" ({e.filename})" if e.filename else ""
         code, message = 1, f"error: cannot write{where}: {e.strerror}. Nothing was half-written; free some space or choose another folder."

@@ -6,7 +6,7 @@
     python data.py --json                             # the account for programs
 
 Follow one recipe: recipes.py reads and cleans it, `prepare` tokenises it once into a memory-mapped file, `plan` says which
-batch of which step it is in, `collate` pads that batch, `feed` copies it to the device while the one before is computed.
+batch of which step it is in, `collate` pads that batch, `feed` has it on the device before it is needed.
 """
 import hashlib
 import json
@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import convert
 import numpy as np
 from tokenizers import Tokenizer
 
 import cli
+import convert
 import recipes
 from cli import UserError
 
@@ -70,8 +70,11 @@ class Text:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # "<|im_end|>" inside somebody's recipe is text, not the end token
-        tokens, config, generation = ((json.loads(f.read_text(encoding="utf-8")) if f.exists() else {} for f in (
-            Path(folder) / f"{name}.json" for name in ("tokenizer_config", "config", "generation_config"))))
+        files = [Path(folder) / f"{name}.json" for name in ("tokenizer_config", "config", "generation_config")]
+        try:
+            tokens, config, generation = (dict(json.loads(f.read_text(encoding="utf-8"))) if f.exists() else {} for f in files)
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(f"a file among {', '.join(map(str, files))} cannot be read ({e}).") from None
         named = [c["eos_token_id"] for c in (config, generation) if c.get("eos_token_id") is not None]
         ends = [e for e in np.hstack(named or [[]]).astype(int).tolist()]  # a number, or a list of them
         eos = tokens.get("eos_token")
@@ -82,7 +85,7 @@ class Text:
         self.ends = {self.end, *ends}               # what stops sampling
         bare, dressed = (self.tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         self.bos = dressed[:dressed.index(bare[0])]  # what the tokenizer's own post-processor puts before a text
-        self.window = config.get("max_position_embeddings", 2048)
+        self.window = config.get("max_position_embeddings") or 2048
 
     def encode(self, texts):
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -109,7 +112,7 @@ def cache_key(files, cfg, rules, text):
 
 
 def tokenise(files, cfg, rules, text):
-    """Read, clean and tokenise once. -> a cache folder with tokens.bin, rows.npy and account.json, reused when nothing changed."""
+    """Read, clean and tokenise once. -> a cache folder with tokens.bin, rows.bin and account.json, reused when nothing changed."""
     root = cache_folder(cfg) / "tokens"
     done = root / cache_key(files, cfg, rules, text)
     if done.exists():
@@ -133,10 +136,13 @@ def tokenise(files, cfg, rules, text):
                     start += len(ids)
                 bar.step(len(chunk))
         bar.close()
-        np.save(part / "rows.npy", np.array(rows, dtype=ROW))
+        (part / "rows.bin").write_bytes(np.array(rows, dtype=ROW).tobytes())
         (part / "account.json").write_text(json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8")
-        if not done.exists():  # another process may have been quicker, with the same
+        try:
             part.rename(done)
+        except OSError:
+            if not done.exists():  # else another process was quicker, with the same
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return done
@@ -147,7 +153,7 @@ class Heap:
 
     def __init__(self, folder):
         self.tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r") if (folder / "tokens.bin").stat().st_size else []
-        self.rows = np.load(folder / "rows.npy")
+        self.rows = np.fromfile(folder / "rows.bin", dtype=ROW)
         self.account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
 
     def ids(self, i):
@@ -162,7 +168,7 @@ class Heap:
         long = np.flatnonzero(self.rows["length"] > max_len)
         self.account["dropped"]["max_len"] = len(long)
         self.account["examples"]["max_len"] = [
-            f"{text.decode(self.ids(i)[:self.rows['prompt'][i]])[:60]}: {self.rows['length'][i]} tokens" for i in long[:3]]
+            f"{text.decode(self.ids(i)[:20]).strip().splitlines()[0][:60]}: {self.rows['length'][i]} tokens" for i in long[:3]]
         self.rows = np.delete(self.rows, long)
         self.account["kept"] = len(self.rows)
         if not len(self.rows):
@@ -226,8 +232,8 @@ def cut(order, lengths, batch_size, batch_tokens):
 def plan(lengths, cfg, epoch, grad_accum=1):
     """An epoch: a list of steps, a step a list of grad_accum micro-batches, a micro-batch an array of positions in `lengths`.
 
-    A pure function of its arguments and the seed. Every recipe is there once. The widest step comes first,
-    so that running out of memory shows at once (lit-llama's length_grouped_sampler does the same). Micro-batches of a step are
+    A pure function of its arguments and the seed. Every recipe is there once. The step with the longest recipe comes first, so
+    that running out of memory shows at once (lit-llama's length_grouped_sampler does the same). Micro-batches of a step are
     neighbours: N of batch B hold what one of batch N x B holds, so accumulation changes no loss."""
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(len(lengths))
@@ -260,10 +266,6 @@ def first_target(heap, i, mask_prompt, bos):
     return max(1, int(heap.rows["prompt"][i]) if mask_prompt else len(bos))
 
 
-def count_targets(heap, rows, mask_prompt, bos):
-    return sum(int(heap.rows["length"][i]) - first_target(heap, i, mask_prompt, bos) for i in rows)
-
-
 def collate(heap, rows, mask_prompt, bos):
     """Recipes as one padded Batch on the CPU. Padding is told by length, never by id: a model may pad with its end token."""
     import torch
@@ -281,23 +283,23 @@ def collate(heap, rows, mask_prompt, bos):
     return Batch(torch.from_numpy(ids), torch.from_numpy(where), torch.from_numpy(targets), sum(len(t) - 1 for t in tokens), rows)
 
 
-def feed(heap, batches, device, mask_prompt, bos, ahead=4):
-    """Batches on the device, in order. A thread collates and pins them `ahead` of need, so the GPU never waits for one."""
-    def make(rows):
-        batch = collate(heap, rows, mask_prompt, bos)
-        return batch._replace(**{k: getattr(batch, k).pin_memory() for k in TENSORS}) if device.type == "cuda" else batch
-
-    def copied(batch):
-        return batch._replace(**{k: getattr(batch, k).to(device, non_blocking=True) for k in TENSORS})
+def feed(heap, steps, device, mask_prompt, bos, ahead=4):
+    """The Batches of each step, a list a step, on the device and in order. A thread collates, pins and copies them `ahead` of need,
+    so the GPU never waits for one."""
+    def make(step):
+        batches = [collate(heap, rows, mask_prompt, bos) for rows in step]
+        if device.type == "cuda":
+            batches = [b._replace(**{k: getattr(b, k).pin_memory() for k in TENSORS}) for b in batches]
+        return [b._replace(**{k: getattr(b, k).to(device, non_blocking=True) for k in TENSORS}) for b in batches]
 
     with ThreadPoolExecutor(1) as pool:
         ready = deque()
-        for rows in batches:
-            ready.append(pool.submit(make, rows))
+        for step in steps:
+            ready.append(pool.submit(make, step))
             if len(ready) > ahead:
-                yield copied(ready.popleft().result())
+                yield ready.popleft().result()
         while ready:
-            yield copied(ready.popleft().result())
+            yield ready.popleft().result()
 
 
 # --- python data.py ---

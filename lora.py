@@ -10,7 +10,7 @@ and mm_t(g) = g · W, so the same lines serve bf16, NF4 and fp8 weights. Files a
 
     model = model.load(folder, make_linear=quant.plain)
     adapt(model, r=16, alpha=32)                    # or: load(model, "out")
-    tensors, config = adapter(model), peft_config(model, folder)
+    tensors = parameters(model)                     # {PEFT's key: A or B}
 """
 import json
 import math

@@ -90,7 +90,6 @@ def read_config(folder):
 
 # --- the parts of a block ---
 
-
 class RMSNorm(nn.Module):
     def __init__(self, C, eps):
         super().__init__()
@@ -126,9 +125,11 @@ def attention(q, k, v, mask, flash):
     """q [B, H, T, D], k and v [B, K, S, D], mask [B, 1, T, S] of bool or None (causal, T = S). -> [B, H, T, D]
 
     Rows are padded on the right, so causal alone keeps a real token from ever seeing padding."""
+    grouped = flash and not (q.is_cuda and (mask is not None or q.dtype == torch.float32))  # what flash's own kernel takes there
+    if not grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [k1, k2] -> [k1, k1, k2, k2]
     if flash:  # never holds the [T, S] scores (Dao et al. 2022)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [k1, k2] -> [k1, k1, k2, k2]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
     keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
     return scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v
@@ -328,7 +329,7 @@ def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True)
                         raise UserError(f"{file}: {hf} has shape {list(tensor.shape)}, config.json makes it {list(shape)}.")
                     place(model, name, tensor.to(dtype or tensor.dtype), make_linear)
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} cannot be read ({e}): it is cut off or damaged; fetch it again.") from None
+            raise UserError(f"{file} cannot be read ({e}): cut off or damaged; fetch it again.") from None
     if wanted:
         raise UserError(f"{folder} lacks {len(wanted)} tensor(s), the first is {next(iter(wanted))}.")
     if model.cfg.tie_word_embeddings:

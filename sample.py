@@ -32,7 +32,7 @@ from cli import UserError, say
 
 @dataclass
 class Config:
-    run: str = "out"                   # folder of a run (or its best/)
+    run: str = ""                      # folder of a run, or its best/; out where no --model is named
     model: str = ""                    # a base model without a run: folder, .gguf file or org/name; with --run, where its base is now
     title: str = ""                    # title of the recipe to write; none: one that the run held out
     ingredients: str = ""              # what it is made of, with commas; needs --title
@@ -91,7 +91,8 @@ def pick(logits, temperature, top_k, top_p, generators):
 
 
 @torch.no_grad()
-def generate(model, prompts, ends, max_new_tokens, temperature=0.7, top_k=50, top_p=1.0, seed=1, numbers=None, on_token=None):
+def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, temperature=Config.temperature, top_k=Config.top_k,
+             top_p=Config.top_p, seed=Config.seed, numbers=None, on_token=None):
     """Go on from each prompt (lists of token ids, of any lengths) until one of `ends`. -> [new ids, without the end token], [ended]
 
     numbers: number of the sample for each row, so that the same prompt can be asked for several texts. on_token(row, id) is
@@ -165,12 +166,16 @@ def load(cfg):
     """(model, Text, run.json or None) of a run with its base, or of a base alone."""
     device = quant.pick_device(cfg.device)
     kept, compute, why = quant.pick_dtype(cfg.dtype, device)
-    folder, info = Path(cfg.run), None
-    in_run = next((p for p in (folder / "run.json", folder.parent / "run.json") if p.exists()), None)
-    if in_run is None and not cfg.model:
-        raise UserError(f"{folder} holds no run: train one with `python train.py`, or name a --run or a --model.")
-    if in_run is not None and (not cfg.model or cfg.run != "out"):
-        info = json.loads(in_run.read_text(encoding="utf-8"))
+    folder, info = Path(cfg.run or "out"), None
+    if cfg.run or not cfg.model:
+        in_run = next((p for p in (folder / "run.json", folder.parent / "run.json") if p.exists()), None)
+        if in_run is None:
+            raise UserError(f"{folder} holds no run: train one with `python train.py`, or name a --run or a --model.")
+        try:
+            info = json.loads(in_run.read_text(encoding="utf-8"))
+            info["config"]["model"], info["base_fingerprint"], info["titles"][0]
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            raise UserError(f"{in_run} cannot be read as a run's ({e!r}).") from None
     cache = data.cache_folder(cfg)
     full = info and (folder / "model.safetensors").exists()
     base = folder if full else convert.resolve(cfg.model or (info["config"]["model"] if info else ""), cache)

@@ -31,7 +31,7 @@ except ImportError:  # Windows
     raise SystemExit("error: this program needs Linux or macOS; on Windows run it under WSL.") from None
 
 STATE = "state.safetensors"
-MADE_HERE = ("adapter_model.safetensors", "model.safetensors", STATE)  # a folder with none of these holds no run
+MADE_HERE = (STATE, *(where + name for where in ("", "best/") for name in ("adapter_model.safetensors", "model.safetensors")))
 
 
 @contextlib.contextmanager
@@ -71,22 +71,24 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def fingerprint(folder):
-    """A model folder's identity in a fraction of a second: config.json, and of each shard its size, its header (names, shapes,
-    places) and its last 64 kB. Not proof against forgery, but another checkpoint never has the same."""
+    """A model folder's identity in a fraction of a second: config.json, and of each shard its size, its beginning (names, shapes,
+    places) and 64 kB at 64 places, the last at its end. A fine-tune changes weights everywhere; no proof against forgery."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for shard in sorted(Path(folder).glob("model*.safetensors")):
+    for shard in sorted(Path(folder).glob("*.safetensors")):
+        if shard.name in (STATE, "adapter_model.safetensors"):
+            continue
         with open(shard, "rb") as f:
-            header = int.from_bytes(f.read(8), "little")
-            digest.update(f.read(header))
             size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - 65536))
-            digest.update(f.read() + str(size).encode())
+            digest.update(str(size).encode())
+            for i in range(65):
+                f.seek(max(0, size - 65536) * i // 64)
+                digest.update(f.read(65536))
     return digest.hexdigest()[:16]
 
 
 class Run:
     def __init__(self, folder, resume):
-        """Own the folder. A run that is there already is resumed, or renamed to folder.1, folder.2, …; nothing is deleted."""
+        """Own the folder. A run that is there already is resumed, or renamed to folder.1, folder.2, …; no weights are ever deleted."""
         self.folder = Path(folder).resolve()
         if resume and not (self.folder / STATE).exists():
             raise UserError(f"--resume: {self.folder} holds no {STATE} to go on from.")

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -85,6 +84,8 @@ def check(cfg):
     cli.bound(cfg, lora_r=(0, big), lora_alpha=(1, big), lora_dropout=(0, 0.99), grad_accum=(1, big), lr=(0, 1), warmup_steps=(0, big),
               weight_decay=(0, 1), grad_clip=(0, big), max_steps=(0, big), epochs=(1, big), patience=(0, big), eval_every=(1, big),
               save_every=(1, big))
+    if cfg.init_adapter and not cfg.lora_r:
+        raise UserError("--init_adapter needs an adapter to begin with: it cannot go with --lora_r 0.")
 
 
 # --- 1. the model: frozen, with an adapter; or all of it ---
@@ -98,14 +99,14 @@ def build(cfg, folder, device):
     if cfg.lora_r:
         model = models.load(folder, device, kept, quant.plain, flash=cfg.attn == "flash")
         model.dtype = compute
-        if cfg.init_adapter:
+        if cfg.init_adapter and not cfg.resume:
             have = lora.read_config(cfg.init_adapter)
             if (have["r"], have["alpha"], have["rslora"]) != (cfg.lora_r, cfg.lora_alpha, cfg.rslora):
                 raise UserError(f"--init_adapter {cfg.init_adapter} has r {have['r']}, alpha {have['alpha']}, rslora {have['rslora']}: "
                                 "give --lora_r, --lora_alpha and --rslora the same values.")
         layers = lora.adapt(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.rslora, cfg.seed)
         params = lora.parameters(model)
-        if cfg.init_adapter:
+        if cfg.init_adapter and not cfg.resume:
             lora.fill(model, lora.read_tensors(cfg.init_adapter))
         say("lora", f"r={cfg.lora_r} on {len(layers)} layers: {sum(p.numel() for p in params.values()):,} trained parameters"
             + (f", from {cfg.init_adapter}" if cfg.init_adapter else ""))
@@ -119,6 +120,7 @@ def build(cfg, folder, device):
         model.around = partial(checkpoint, use_reentrant=False, preserve_rng_state=cfg.lora_dropout > 0)
         say("grad_ckpt", f"{len(model.layers)} blocks keep one tensor each and are computed again in backward")
     if cfg.compile:  # one block is small and all are alike: one graph, for every length
+        torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to be equal, B and T say, stay two sizes
         for block in model.layers:
             block.compile(dynamic=True)
         say("compile", "each block, one graph for all lengths; the first step takes longer")
@@ -198,8 +200,8 @@ def evaluate(model, held, cfg, text, device, autocast):
     order = (-lengths).argsort(kind="stable")
     total, count = 0.0, 0
     model.eval()
-    batches = [held.val[rows] for rows in data.cut(order, lengths, cfg.batch_size, cfg.batch_tokens)]
-    for batch in data.feed(held, batches, device, cfg.mask_prompt, text.bos):
+    batches = [[held.val[rows]] for rows in data.cut(order, lengths, cfg.batch_size, cfg.batch_tokens)]
+    for batch, in data.feed(held, batches, device, cfg.mask_prompt, text.bos):
         with autocast:
             total += models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets, fused=cfg.fused_loss).item()
         count += len(batch.targets)
@@ -211,9 +213,9 @@ def write_recipe(model, text, title, cfg):
     """One recipe of the model as it is now, on stdout."""
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # the compiled graphs are for training's shapes
-        out, ended = generate(model, [text.prompt(title)], text.ends, 400, seed=cfg.seed)
+        (ids,), (ended,) = generate(model, [text.prompt(title)], text.ends, seed=cfg.seed)
     model.train()
-    print(f"{title}{text.decode(out[0])}\n{'' if ended[0] else '[cut off at 400 tokens]'}", flush=True)
+    print(f"{title}{text.decode(ids)}\n{'' if ended else f'[cut off at {len(ids)} tokens]'}", flush=True)
 
 
 # --- 5. saving ---
@@ -228,10 +230,11 @@ def save(run, params, cfg, base, where=""):
             cfg.model or convert.DEFAULT_MODEL, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.rslora))
         state.write_tensors(folder / "adapter_model.safetensors", params)
         return
-    for file in base.glob("*.json"):
-        if not file.name.endswith(".index.json"):
-            with state.atomic(folder / file.name) as beside:
-                shutil.copyfile(file, beside)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                 "added_tokens.json", "chat_template.jinja"):
+        if (base / name).exists():
+            with state.atomic(folder / name) as beside:
+                shutil.copyfile(base / name, beside)
     state.write_tensors(folder / "model.safetensors", params)
 
 
@@ -261,38 +264,68 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 1e9
     with contextlib.suppress(OSError, StopIteration):
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024 / 1e9
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def about(cfg, rules, base, heap, held, text):
+def about(cfg, rules, base, heap, held, text, model):
     """run.json: what this run is."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                check=False).stdout.strip() or None
+    heaps = heap.rows.tobytes() + held.rows[held.val].tobytes()
     starts = [held.ids(i)[:held.rows["prompt"][i] if held.rows["prompt"][i] > len(text.bos) else len(text.bos) + 8] for i in held.val]
     return {"config": dataclasses.asdict(cfg), "rules": dataclasses.asdict(rules), "base": str(base),
-            "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heap.rows.tobytes()).hexdigest()[:16],
-            "data": {**heap.account, "held_out": len(held.val)}, "titles": [text.decode(s).strip() for s in starts[:64]],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit.stdout.strip() or None}
+            "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heaps).hexdigest()[:16],
+            "dtype": str(model.embed_tokens.weight.dtype), "arithmetic": str(model.dtype or torch.float32),
+            "data": {**heap.account, "held_out": len(held.val)}, "titles": [text.decode(s) for s in starts[:64]],
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit}
 
 
-def same_run(run, cfg, rules, now):
+def same_run(run, now):
     """An error if a resume would make the run another one."""
     before = run.read_json("run.json")
-    for what, key in (("base model", "base_fingerprint"), ("data", "data_fingerprint")):
+    for what, key in (("base model", "base_fingerprint"), ("data", "data_fingerprint"), ("dtype of the weights", "dtype"),
+                      ("dtype of the arithmetic (--dtype)", "arithmetic")):
         if before[key] != now[key]:
-            raise UserError(f"--resume: the {what} is not the one that {run.folder} was trained on.")
-    old, new = {**before["config"], **before["rules"]}, {**dataclasses.asdict(cfg), **dataclasses.asdict(rules)}
-    changed = [f"--{k} was {old[k]!r}, is {new[k]!r}" for k in new if k not in FREE and old.get(k) != new[k]]
-    if changed:
-        raise UserError(f"--resume: these flags make it another run: {'; '.join(changed)}.")
+            raise UserError(f"--resume: the {what} is not the one that {run.folder} was trained with.")
 
 
-def saved_flags(out):
-    """What a run was started with, as the defaults of its resume."""
+def resumed_flags(out):
+    """(Config, Rules) of a resume: the flags that the run was started with, and what may change from the command line."""
     try:
         before = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
-        return {**before["config"], **before["rules"]}
-    except (OSError, ValueError, KeyError):
+        old = {**before["config"], **before["rules"], "resume": True, "out": out}
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--resume: {out} holds no run to go on from.") from None
+    cfg, rules = cli.parse(__doc__, Config, recipes.Rules, defaults=old)
+    new = {**dataclasses.asdict(cfg), **dataclasses.asdict(rules)}
+    changed = [f"--{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in FREE and old.get(k) != new[k]]
+    if changed:
+        raise UserError(f"--resume: these flags make it another run: {'; '.join(changed)}.")
+    return cfg, rules
+
+
+ADVICE = [  # in order of gain
+    ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss), ("--attn flash", lambda c: c.attn != "flash"),
+    ("--dtype bf16", lambda c: c.dtype == "fp32"), ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
+    ("a smaller --max_len", lambda c: True)]
+
+
+@contextlib.contextmanager
+def out_of_memory(cfg, model, device):
+    """Which part was the largest, and which flags help, for the one failure that every user meets."""
+    try:
+        yield
+    except RuntimeError as e:  # torch.OutOfMemoryError is one, and a CPU's allocator raises no better
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        rest = max(0.0, peak_memory(device) - weights)
+        flags = ", then ".join(flag for flag, helps in ADVICE if helps(cfg))
+        raise UserError(f"out of memory: weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB or more. Add {flags}. "
+                        f"({str(e).splitlines()[0]})") from None
 
 
 # --- 6. the run ---
@@ -301,13 +334,16 @@ def saved_flags(out):
 def main():
     cfg, rules = cli.parse(__doc__, Config, recipes.Rules)
     if cfg.resume:
-        cfg, rules = cli.parse(__doc__, Config, recipes.Rules, defaults={**saved_flags(cfg.out), "resume": True, "out": cfg.out})
+        cfg, rules = resumed_flags(cfg.out)
     check(cfg)
     say("config", json.dumps(dataclasses.asdict(cfg), ensure_ascii=False))
     device = quant.pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
     base = convert.resolve(cfg.model, data.cache_folder(cfg))
+    if base.resolve() == Path(cfg.out).resolve():
+        raise UserError(f"--model {base} is the --out folder too: name another --out.")
+    models.read_config(base)  # no Llama: said before the heap is read
     heap, held, text = data.prepare(cfg, rules, base)
     total = count_steps(heap, cfg)
     say("data", f"{len(heap.train)} recipes to train on, {len(held.val)} held out, {total} steps")
@@ -318,11 +354,11 @@ def main():
     model, params, autocast = build(cfg, base, device)
     optimizer = make_optimizer(cfg, params)
 
+    info = about(cfg, rules, base, heap, held, text, model)
     run = state.Run(cfg.out, cfg.resume)
-    info = about(cfg, rules, base, heap, held, text)
     facts = {"step": 0, "total": total, "best_val": None, "best_step": 0, "val_before": None, "val": None, "without_progress": 0}
     if cfg.resume:
-        same_run(run, cfg, rules, info)
+        same_run(run, info)
         facts = run.load_state(optimizer, params)
         run.forget_after(facts["step"])
         say("resume", f"after step {facts['step']}" + (
@@ -330,8 +366,7 @@ def main():
         facts["total"] = total
         if facts["step"] >= total:
             raise UserError(f"--resume: {run.folder} has made its {total} steps; raise --max_steps or --epochs.")
-    else:
-        run.write_json("run.json", info)
+    run.write_json("run.json", info)
     title = info["titles"][cfg.seed % len(info["titles"])]
 
     def measure():
@@ -347,37 +382,37 @@ def main():
     def save_all():
         save(run, params, cfg, base)
         run.save_state(optimizer, params, facts)
+        return facts["step"]
 
+    first, saved = facts["step"] + 1, facts["step"] if cfg.resume else None
     peak, seconds, tokens = 0.0, 0.0, 0
     model.train()
-    with state.Stop() as stop:
-        if facts["step"] == 0:
+    with state.Stop() as stop, out_of_memory(cfg, model, device):
+        if facts["val_before"] is None:
             say("before", title)
             write_recipe(model, text, title, cfg)
             facts["val_before"] = measure()
             run.log({"step": 0, "loss": None, "lr": None, "grad_norm": None, "target_tokens": 0, "tokens_per_s": None, "padding": None,
                      "peak_mem_gb": round(peak_memory(device), 3), "val_loss": facts["val_before"]})
             say("val_loss", f"{facts['val_before']:.4f} before training")
-        first = facts["step"] + 1
-        plan, ahead = (itertools.islice(steps_of_run(heap, cfg), facts["step"], total) for _ in range(2))
-        batches = data.feed(heap, itertools.chain.from_iterable(ahead), device, cfg.mask_prompt, text.bos)
+        plan = itertools.islice(steps_of_run(heap, cfg), facts["step"], total)
         bar = cli.Progress(total, "train")
         bar.step(facts["step"])
-        for step, micro_batches in enumerate(plan, first):
+        for step, batches in enumerate(data.feed(heap, plan, device, cfg.mask_prompt, text.bos), first):
             if stop.signal:
                 break
-            began, loss, real, padded = time.time(), 0.0, 0, 0
-            targets = sum(data.count_targets(heap, rows, cfg.mask_prompt, text.bos) for rows in micro_batches)
 
             # one step: the mean over all its target tokens, however they are spread over the micro-batches
-            for batch in itertools.islice(batches, len(micro_batches)):
+            began, loss = time.time(), 0.0
+            targets = sum(len(batch.targets) for batch in batches)
+            real, padded = sum(batch.real for batch in batches), sum(batch.ids.numel() for batch in batches)
+            for batch in batches:
                 with autocast:
                     h = model(batch.ids)
                     part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, 1 / targets, cfg.fused_loss)
                 peak = max(peak, peak_memory(device))
                 part.backward()
                 loss += part.detach()
-                real, padded = real + batch.real, padded + batch.ids.numel()
             if step == first:
                 check_gradients(model, params)
             norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip or math.inf)
@@ -404,18 +439,20 @@ def main():
             run.log(line)
             tired = cfg.patience and facts["without_progress"] >= cfg.patience
             if step % cfg.save_every == 0 or step == total or stop.signal or tired:
-                save_all()
+                saved = save_all()
             if tired:
                 bar.line("patience", f"no progress in {cfg.patience} evaluations: stopped after step {step}")
                 break
         bar.close()
-        if stop.signal:
-            if facts["step"] < first:
+        if stop.signal and facts["step"] < total:
+            if saved != facts["step"]:
                 save_all()
             say("stopped", f"after step {facts['step']}, saved. Go on with: python train.py --resume --out {cfg.out}")
             return stop.exit_code
 
     draw_curve(run)
+    if device.type == "cuda":
+        say("memory", f"{peak:.2f} GB allocated at the peak, {torch.cuda.max_memory_reserved() / 1e9:.2f} GB reserved")
     say("after", title)
     write_recipe(model, text, title, cfg)
     print(json.dumps({"steps": facts["step"], "val_loss_before": facts["val_before"], "val_loss_after": facts["val"],
@@ -424,23 +461,5 @@ def main():
     return 0
 
 
-ADVICE = [  # in order of gain
-    ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss), ("--attn flash", lambda c: c.attn != "flash"),
-    ("--dtype bf16", lambda c: c.dtype == "fp32"), ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
-    ("a smaller --max_len", lambda c: True)]
-
-
-def with_advice():
-    """main(), with a sentence for the one failure that every user meets."""
-    try:
-        return main()
-    except (torch.OutOfMemoryError, RuntimeError) as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        cfg, _ = cli.parse(__doc__, Config, recipes.Rules)
-        flags = ", then ".join(flag for flag, helps in ADVICE if helps(cfg))
-        raise UserError(f"out of memory: {str(e).splitlines()[0]} Add {flags}.") from None
-
-
 if __name__ == "__main__":
-    cli.run(with_advice)
+    cli.run(main)

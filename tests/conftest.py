@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-FOODS = "flour sugar butter milk eggs rice beans onions garlic carrots apples lemons cream cheese pasta chicken".split()
-VERBS = "Chop Mix Stir Boil Fry Bake Fold Whisk Simmer Pour".split()
+FOODS = ["flour", "sugar", "butter", "milk", "eggs", "rice", "beans", "onions", "garlic", "carrots", "apples", "lemons", "cream", "cheese", "pasta", "chicken"]
+VERBS = ["Chop", "Mix", "Stir", "Boil", "Fry", "Bake", "Fold", "Whisk", "Simmer", "Pour"]
 
 
 def made_recipes(n, seed=0):

@@ -221,7 +221,6 @@ def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask)
         assert [(w // T, w % T) for w in batch.where.tolist()] == [(b, t) for b, t, _ in pairs]
         assert batch.targets.tolist() == [token for *_, token in pairs]
         assert batch.real == real == B * T - padded
-        assert data.count_targets(heap, which, mask, text.bos) == len(pairs)
         assert list(batch.rows) == which
         assert batch.ids.dtype == batch.where.dtype == batch.targets.dtype == torch.int64
 
@@ -493,7 +492,7 @@ def test_a_longer_recipe_is_dropped_and_counted_never_cut(tmp_path, byte_models)
     assert heap.rows["length"].tolist() == [11, 20]
     assert [text.decode(heap.ids(i)) for i in range(2)] == ["10:xxxxxx!", "19:xxxxxxxxxxxxxxx!"]
     assert heap.account["dropped"]["max_len"] == 2 and heap.account["kept"] == 2 and heap.account["read"] == 4
-    assert heap.account["examples"]["max_len"] == ["20:: 21 tokens", "29:: 30 tokens"]
+    assert heap.account["examples"]["max_len"] == [f"20:{'x' * 16}!: 21 tokens", f"29:{'x' * 17}: 30 tokens"]
 
 
 def test_no_more_than_three_examples_of_long_recipes(tmp_path, tiny_model):
@@ -687,7 +686,10 @@ def fed(tmp_path, tiny_model):
     """(heap, feed): a feed of the heap's batches on the CPU, and afterwards no thread that was not there before."""
     before = set(threading.enumerate())
     heap, text = tokens(tmp_path, made_recipes(30), tiny_model)
-    yield heap, lambda batches, **more: data.feed(heap, batches, torch.device("cpu"), False, text.bos, **more)
+    def one_by_one(batches, **more):
+        steps = data.feed(heap, ([rows] for rows in batches), torch.device("cpu"), False, text.bos, **more)
+        yield from itertools.chain.from_iterable(steps)
+    yield heap, one_by_one
     assert set(threading.enumerate()) <= before
 
 
@@ -700,6 +702,13 @@ def test_feed_gives_the_batches_in_order(fed):
         other = data.collate(heap, rows, False, [])
         assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "where", "targets"))
         assert one.real == other.real and list(one.rows) == list(rows)
+
+
+def test_feed_gives_the_micro_batches_of_a_step_together(fed):
+    heap, _ = fed
+    steps = data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0, 3)
+    got = list(data.feed(heap, steps, torch.device("cpu"), False, []))
+    assert [[list(b.rows) for b in step] for step in got] == [[list(rows) for rows in step] for step in steps]
 
 
 def test_feed_works_ahead_but_not_without_end(fed):

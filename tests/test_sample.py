@@ -165,6 +165,18 @@ def test_best_and_a_base_model_can_be_asked(trained, run, tiny_model):
         assert code == 0 and said.startswith("Pie"), err
 
 
+def test_a_run_and_where_its_base_is_now(trained, run, tiny_model, tmp_path, monkeypatch):
+    """--run with --model: the adapter of the one on the other, also for the run that is called out."""
+    import shutil
+    out, cache = trained
+    flags = ["--cache", cache, "--max_new_tokens", 20, "--title", "Pie", "--temperature", 0]
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    shutil.copytree(out, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    wanted = run("--run", out, *flags)[1]
+    assert run("--run", "out", "--model", moved, *flags)[1] == run(*flags)[1] == wanted != run("--model", moved, *flags)[1]
+
+
 def test_the_adapter_is_used(trained, run, tiny_model):
     out, cache = trained
     flags = ["--cache", cache, "--max_new_tokens", 20, "--title", "Pie", "--temperature", 0]
@@ -178,7 +190,7 @@ def test_the_adapter_is_used(trained, run, tiny_model):
     (["--max_new_tokens", 0], "--max_new_tokens"), (["--device", "gpu"], "gpu"), (["--model", "/nowhere"], "/nowhere")], ids=str)
 def test_a_mistake_gets_one_sentence(trained, run, flags, word):
     out, cache = trained
-    code, said, err = run(*([] if "--run" in flags else ["--run", out]), "--cache", cache, *flags)
+    code, _, err = run(*([] if "--run" in flags else ["--run", out]), "--cache", cache, *flags)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and word in last and "Traceback" not in err
 

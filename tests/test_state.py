@@ -216,6 +216,7 @@ def test_old_runs_are_renamed_and_nothing_is_deleted(tmp_path, capsys):
 @pytest.mark.parametrize("name", MADE_HERE)
 def test_any_file_of_a_run_makes_a_folder_one(tmp_path, name):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "out" / name).write_text("")
     (tmp_path / "out.1").write_text("somebody's file")
     Run(tmp_path / "out", resume=False)

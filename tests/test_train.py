@@ -30,7 +30,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
         monkeypatch.setattr(train, "write_recipe", lambda *_: print("a recipe"))  # slow, and test_sample.py's business
         with pytest.raises(SystemExit) as stop:
-            cli.run(train.with_advice)
+            cli.run(train.main)
         said = capsys.readouterr()
         return stop.value.code, said.out, said.err
     return call
@@ -227,6 +227,27 @@ def test_a_resume_may_go_further(base, run, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(10))
 
 
+def test_a_longer_resume_that_is_stopped_goes_on_as_it_was_asked(base, run, tmp_path, monkeypatch):
+    ok(run(*base, "--out", tmp_path / "out"))
+    log = train.state.Run.log
+    monkeypatch.setattr(train.state.Run, "log", lambda self, line: (log(self, line), line["step"] == 7 and os.kill(os.getpid(), signal.SIGINT)))
+    assert run("--resume", "--out", tmp_path / "out", "--max_steps", 12)[0] == 130
+    monkeypatch.setattr(train.state.Run, "log", log)
+    ok(run("--resume", "--out", tmp_path / "out"))
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(13))
+
+
+def test_stopped_before_the_first_step_it_starts_over_without_a_trace(base, run, tmp_path, monkeypatch):
+    ok(run(*base, "--out", tmp_path / "whole"))
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), evaluate(*a))[1])
+    assert run(*base, "--out", tmp_path / "cut")[0] == 130
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    ok(run("--resume", "--out", tmp_path / "cut"))
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    assert json.loads((tmp_path / "cut" / "state.json").read_text()) == json.loads((tmp_path / "whole" / "state.json").read_text())
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--lr", 1e-3], "--lr"), (["--seed", 2], "--seed"), (["--batch_size", 5], "--batch_size"), (["--lora_r", 8], "--lora_r"),
     (["--mask_prompt"], "--mask_prompt"), (["--min_words", 1], "--min_words")], ids=str)
@@ -244,8 +265,11 @@ def test_a_resume_with_another_base_or_heap_is_refused(base, run, tmp_path):
     code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, "--model", other)
     assert code == 2 and "base model" in err
     heap = write_jsonl(tmp_path / "other.jsonl", made_recipes(60, seed=4))
-    code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, "--data", heap)
-    assert code == 2 and "data" in err
+    for flag in ("--data", "--val_data"):
+        code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, flag, heap)
+        assert code == 2 and "the data is not the one" in err
+    code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, "--device", "cpu", "--dtype", "bf16")
+    assert code == 2 and "--dtype" in err
 
 
 def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
@@ -264,12 +288,27 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
     (["--lr", "nan"], "--lr"), (["--attn", "quick"], "attn"), (["--max_len", 5000], "--max_len"), (["--max_len", 20], "max_len"),
     (["--model", "/nowhere"], "/nowhere"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--resume"], "--resume"),
     (["--init_adapter", "/nowhere"], "/nowhere"), (["--lora_targets", "q_proj,qq"], "qq"), (["--device", "gpu"], "gpu"),
-    (["--min_words", 10**6], "too_short"), (["--batch_tokens", 30], "--batch_tokens"), (["--loraX"], "loraX")], ids=str)
+    (["--min_words", 10**6], "too_short"), (["--batch_tokens", 30], "--batch_tokens"), (["--loraX"], "loraX"),
+    (["--init_adapter", "/nowhere", "--lora_r", 0], "--lora_r 0"), (["--device", "meta"], "meta")], ids=str)
 def test_a_mistake_gets_one_sentence(base, run, tmp_path, flags, word):
     code, out, err = run(*base, "--out", tmp_path / "out", *flags)
     assert code == 2 and not out
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ") and word in last and "Traceback" not in err
+
+
+def test_a_run_may_not_be_its_own_base(base, run, tmp_path):
+    ok(run(*base, "--out", tmp_path / "out", "--lora_r", 0))
+    code, _, err = run(*base, "--out", tmp_path / "out", "--model", tmp_path / "out")
+    assert code == 2 and "another --out" in err
+    ok(run(*base, "--out", tmp_path / "two", "--model", tmp_path / "out", "--lora_r", 0))  # and a run can be another's base
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["base"] == str(tmp_path / "out")
+
+
+def test_a_machine_without_git_trains(base, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ok(run(*base, "--out", tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["commit"] is None
 
 
 def test_two_processes_on_one_folder(base, run, tmp_path):
