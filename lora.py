@@ -64,7 +64,7 @@ class GroupMatmul(torch.autograd.Function):
             y = layer.mm(x)
             if isinstance(layer, LoRA):
                 u_i, B = next(todo)
-                y.addmm_(u_i, B.t(), alpha=layer.scale)  # in place: y is ours, a sum would be a second [N, out]
+                y = torch.addmm(y, u_i, B.t(), alpha=layer.scale)  # not addmm_: torch.compile of 2.11 then loses every gradient
             out.append(y)
         ctx.layers, ctx.dropped = layers, xd is not None
         ctx.save_for_backward(h, *u, *params)

@@ -198,7 +198,7 @@ def test_a_killed_run_goes_on_from_its_last_save(base, run, tmp_path):
     flags = [*base, "--max_steps", 150, "--save_every", 3, "--eval_every", 1000]
     out = tmp_path / "cut"
     child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--out", str(out)],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.time() + 120
         while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 8):
