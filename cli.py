@@ -1,7 +1,7 @@
 """The basement: what every program here shares with its user.
 
-A parser made from dataclasses (one definition of a flag, its default and its help), receipts and progress on stderr, and
-the one exception for a user's mistake, which becomes a sentence and an exit code instead of a traceback.
+A parser made from dataclasses (one definition of a flag, its default and its help), receipts and progress on stderr,
+and the one exception for a user's mistake, which becomes a sentence and an exit code instead of a traceback.
 """
 import argparse
 import dataclasses
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def helps(config):
-    """{field: its comment}: the comment behind a field in the dataclass's source is its help text, so it is written once."""
+    """{field: its comment}: the comment behind a field in the source is its help text, so it is written once."""
     sources = "".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))  # inherited fields first
     return dict(re.findall(r"^    (\w+): [^#\n]*?(?:# *(.*))?$", sources, re.MULTILINE))
 
@@ -50,7 +50,7 @@ def add_flags(parser, config):
 
 
 def parse(doc, *configs, argv=None, defaults=None):
-    """One instance of each dataclass in `configs`, filled from the command line. Unknown and shortened flags are errors.
+    """One instance of each dataclass in `configs`, filled from the command line. Unknown or shortened flags are errors.
     defaults {field: value} stand in for the dataclasses' own: a resumed run has those it was started with."""
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for config in configs:
@@ -74,6 +74,9 @@ def say(what, text=""):
     print(f"{what:<12} {text}".rstrip(), file=sys.stderr, flush=True)
 
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EEXIST, errno.ENOTDIR)
+
+
 def run(main):
     """Call main(); turn a user's mistake, a full disk, Ctrl-C and a closed pipe into a sentence and an exit code."""
     try:
@@ -86,10 +89,11 @@ def run(main):
     except BrokenPipeError:  # `python data.py --json | head`
         code, message = 0, ""
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EEXIST, errno.ENOTDIR):
+        if e.errno not in CANNOT_WRITE:
             raise
         where = f" ({e.filename})" if e.filename else ""
-        code, message = 1, f"error: cannot write{where}: {e.strerror}. Nothing was half-written; free some space or choose another folder."
+        code = 1
+        message = f"error: cannot write{where}: {e.strerror}. Nothing is half-written; free space, or another folder."
     if message:
         print(message, file=sys.stderr)
     try:
@@ -117,7 +121,8 @@ class Progress:
         elif time.time() - self.last >= self.every or self.done == self.total:
             self.last = time.time()
             left = (self.last - self.began) / max(self.done, 1) * ((self.total or self.done) - self.done)
-            say(self.what, f"{self.done}/{self.total}  {text}  {left:.0f} s left" if self.total else f"{self.done}  {text}")
+            of = f"/{self.total}  {text}  {left:.0f} s left" if self.total else f"  {text}"
+            say(self.what, f"{self.done}{of}")
 
     def line(self, what, text=""):
         """A receipt that does not tear the bar."""

@@ -1,11 +1,11 @@
 """From a heap of recipes to batches on the device.
 
-    python data.py                                    # the default recipes: read, cleaned, tokenised; prints the account
+    python data.py                                    # the default recipes: read, clean, tokenise; print the account
     python data.py --data mine.jsonl more.csv         # your own, in any of the formats of recipes.py
     python data.py --show 3                           # three recipes as the model sees them, target tokens coloured
     python data.py --json                             # the account for programs
 
-Follow one recipe: recipes.py reads and cleans it, `prepare` tokenises it once into a memory-mapped file, `plan` says which
+Follow one recipe: recipes.py reads and cleans it, `prepare` tokenises it once into a mapped file, `plan` says which
 batch of which step it is in, `collate` pads that batch, `feed` has it on the device before it is needed.
 """
 import hashlib
@@ -29,15 +29,15 @@ from cli import UserError
 
 @dataclass
 class Data:
-    model: str = ""                    # base model: folder, .gguf file or org/name on the hub; empty: SmolLM2-135M-Instruct
-    data: list[str] = field(default_factory=list)      # recipe files (.json .jsonl .jsonl.gz .csv); none: the Wikibooks Cookbook
+    model: str = ""                    # base model: folder, .gguf file or org/name on the hub; none: SmolLM2-135M
+    data: list[str] = field(default_factory=list)      # recipe files (.json .jsonl .csv, also .gz); none: Wikibooks
     val_data: list[str] = field(default_factory=list)  # files of held-out recipes; none: a share of --data is held out
     val_recipes: int = 32              # recipes held out of training, on which val_loss is measured
     max_len: int = 1024                # tokens; a longer recipe is dropped and counted, never cut
     mask_prompt: bool = False          # train on the completion only: for recipes, all that follows the title
-    batching: Literal["random", "sorted"] = "sorted"  # sorted: batches of equal lengths, shuffled; a saw-like loss is normal
+    batching: Literal["random", "sorted"] = "sorted"  # sorted: batches of one length, shuffled; the loss is a saw
     batch_size: int = 2                # recipes in a micro-batch
-    batch_tokens: int = 0              # in place of batch_size: padded tokens in a micro-batch, short recipes in wide ones
+    batch_tokens: int = 0              # in place of batch_size: padded tokens in a micro-batch; short recipes ride wide
     allow_bad: float = 0.01            # share of rows that may be broken
     clean: bool = True                 # apply the rules; --no-clean takes every recipe as it is
     seed: int = 1                      # of the held-out choice, the order of batches, the adapter's start and dropout
@@ -72,7 +72,7 @@ class Text:
         self.tokenizer.encode_special_tokens = True  # "<|im_end|>" inside somebody's recipe is text, not the end token
         files = [Path(folder) / f"{name}.json" for name in ("tokenizer_config", "config", "generation_config")]
         try:
-            tokens, config, generation = (dict(json.loads(f.read_text(encoding="utf-8"))) if f.exists() else {} for f in files)
+            tokens, config, generation = (dict(json.loads(f.read_bytes())) if f.exists() else {} for f in files)
         except (OSError, ValueError, TypeError) as e:
             raise UserError(f"a file among {', '.join(map(str, files))} cannot be read ({e}).") from None
         named = [c["eos_token_id"] for c in (config, generation) if c.get("eos_token_id") is not None]
@@ -80,7 +80,7 @@ class Text:
         eos = tokens.get("eos_token")
         eos = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
         if eos is None and not ends:
-            raise UserError(f"{folder} names no end token (eos_token_id in config.json, eos_token in tokenizer_config.json).")
+            raise UserError(f"{folder} names no end token (eos_token_id in config.json, or the tokenizer's).")
         self.end = ends[0] if eos is None else eos  # what every recipe ends with
         self.ends = {self.end, *ends}               # what stops sampling
         bare, dressed = (self.tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
@@ -105,14 +105,14 @@ ROW = np.dtype([("start", "u8"), ("length", "u4"), ("prompt", "u4"), ("key", "u8
 def cache_key(files, cfg, rules, text):
     """Changes with the sources, the rules, the tokenizer and the code that makes the tokens."""
     here = Path(__file__).parent
-    what = [[(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in files], cfg.clean and asdict(rules), cfg.allow_bad,
-            text.bos, text.end] + [hashlib.sha256(p.read_bytes()).hexdigest()
+    what = [[(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in files], cfg.clean and asdict(rules),
+            cfg.allow_bad, text.bos, text.end] + [hashlib.sha256(p.read_bytes()).hexdigest()
                                    for p in (text.path, here / "recipes.py", here / "data.py")]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def tokenise(files, cfg, rules, text):
-    """Read, clean and tokenise once. -> a cache folder with tokens.bin, rows.bin and account.json, reused when nothing changed."""
+    """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin and account.json, reused where it can be."""
     root = cache_folder(cfg) / "tokens"
     done = root / cache_key(files, cfg, rules, text)
     if done.exists():
@@ -149,10 +149,11 @@ def tokenise(files, cfg, rules, text):
 
 
 class Heap:
-    """Tokenised recipes: tokens (memory-mapped), one row of `rows` a recipe, and which rows train and which are held out."""
+    """Tokenised recipes: tokens (memory-mapped), one row of `rows` a recipe, and which of them train."""
 
     def __init__(self, folder):
-        self.tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r") if (folder / "tokens.bin").stat().st_size else []
+        path = folder / "tokens.bin"
+        self.tokens = np.memmap(path, dtype="<u4", mode="r") if path.stat().st_size else []
         self.rows = np.fromfile(folder / "rows.bin", dtype=ROW)
         self.account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
 
@@ -168,7 +169,8 @@ class Heap:
         long = np.flatnonzero(self.rows["length"] > max_len)
         self.account["dropped"]["max_len"] = len(long)
         self.account["examples"]["max_len"] = [
-            f"{text.decode(self.ids(i)[:20]).strip().splitlines()[0][:60]}: {self.rows['length'][i]} tokens" for i in long[:3]]
+            f"{text.decode(self.ids(i)[:20]).strip().splitlines()[0]}: {n} tokens"
+            for i, n in zip(long[:3], self.rows["length"][long])]
         self.rows = np.delete(self.rows, long)
         self.account["kept"] = len(self.rows)
         if not len(self.rows):
@@ -193,9 +195,8 @@ def prepare(cfg, rules, folder):
                 raise UserError(f"{flag}: {f} is no file.")
         heap = Heap(tokenise(files, cfg, rules, text))
         heap.drop_long(cfg.max_len, text)
-        if 0 < cfg.batch_tokens < heap.rows["length"].max():
-            raise UserError(f"--batch_tokens {cfg.batch_tokens} is less than the longest recipe ({heap.rows['length'].max()} tokens): "
-                            "raise it, or lower --max_len.")
+        if 0 < cfg.batch_tokens < (longest := heap.rows["length"].max()):
+            raise UserError(f"--batch_tokens {cfg.batch_tokens}: the longest recipe has {longest} tokens; raise it.")
         return heap
 
     heap = load(files, "--data")
@@ -217,7 +218,7 @@ def prepare(cfg, rules, folder):
 
 
 def cut(order, lengths, batch_size, batch_tokens):
-    """Consecutive recipes of `order` as batches: batch_size recipes, or as many as fit into batch_tokens when padded."""
+    """Consecutive recipes of `order` as batches: batch_size of them, or as many as fit into batch_tokens padded."""
     if not batch_tokens:
         return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     batches, begin, widest = [], 0, 0
@@ -230,11 +231,11 @@ def cut(order, lengths, batch_size, batch_tokens):
 
 
 def plan(lengths, cfg, epoch, grad_accum=1):
-    """An epoch: a list of steps, a step a list of grad_accum micro-batches, a micro-batch an array of positions in `lengths`.
+    """An epoch: a list of steps, a step a list of grad_accum micro-batches, those arrays of positions in `lengths`.
 
-    A pure function of its arguments and the seed. Every recipe is there once. The step with the longest recipe comes first, so
-    that running out of memory shows at once (lit-llama's length_grouped_sampler does the same). Micro-batches of a step are
-    neighbours: N of batch B hold what one of batch N x B holds, so accumulation changes no loss."""
+    A pure function of its arguments and the seed. The step with the longest recipe comes first: running out of memory
+    shows at once (as in lit-llama's length_grouped_sampler). Micro-batches of a step are neighbours: N of batch B hold
+    what one of batch N x B holds, so accumulation changes no loss."""
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(len(lengths))
     if cfg.batching == "sorted":
@@ -255,19 +256,19 @@ def padding(lengths, cfg):
     return 1 - lengths.sum() / padded
 
 
-# ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens; real: inputs
-# that are no padding; rows: which recipes
+# ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens;
+# real: inputs that are no padding; rows: which recipes
 Batch = namedtuple("Batch", "ids where targets real rows")
 TENSORS = ("ids", "where", "targets")
 
 
 def first_target(heap, i, mask_prompt, bos):
-    """Index in the recipe of its first target token. BOS is never one, and nothing predicts the first token without it."""
+    """Index in the recipe of its first target token. BOS is never one; without it nothing predicts the first token."""
     return max(1, int(heap.rows["prompt"][i]) if mask_prompt else len(bos))
 
 
 def collate(heap, rows, mask_prompt, bos):
-    """Recipes as one padded Batch on the CPU. Padding is told by length, never by id: a model may pad with its end token."""
+    """Recipes as one padded Batch on the CPU. Padding is told by length: a model may pad with its end token."""
     import torch
     tokens = [heap.ids(i) for i in rows]
     T = max(len(t) for t in tokens) - 1
@@ -280,12 +281,12 @@ def collate(heap, rows, mask_prompt, bos):
     where, targets = np.concatenate(where), np.concatenate(targets)
     if not len(targets):
         raise UserError(f"a batch has no target token: recipe(s) {[int(i) for i in rows]} of the heap are all prompt.")
-    return Batch(torch.from_numpy(ids), torch.from_numpy(where), torch.from_numpy(targets), sum(len(t) - 1 for t in tokens), rows)
+    return Batch(*map(torch.from_numpy, (ids, where, targets)), sum(len(t) - 1 for t in tokens), rows)
 
 
 def feed(heap, steps, device, mask_prompt, bos, ahead=4):
-    """The Batches of each step, a list a step, on the device and in order. A thread collates, pins and copies them `ahead` of need,
-    so the GPU never waits for one."""
+    """The Batches of each step, a list a step, on the device and in order. A thread collates, pins and copies them
+    `ahead` of need, so the GPU never waits for one."""
     def make(step):
         batches = [collate(heap, rows, mask_prompt, bos) for rows in step]
         if device.type == "cuda":
@@ -327,18 +328,18 @@ def print_account(a):
     lines += [("", f"    bad: {example}") for example in a["bad_examples"]]
     for rule, count in a["dropped"].items():
         lines += [("dropped", f"{count:>7}  {rule}"), *(("", f"             {e}") for e in a["examples"].get(rule, []))]
+    share = ", ".join(f"{kind} {value:.2%}" for kind, value in a["padding"].items())
     size = f"{a['batch_tokens']} tokens" if a["batch_tokens"] else f"{a['batch_size']} recipes"
     lines += [("kept", f"{a['kept']} recipes, {a['held_out']} held out"),
               ("tokens", f"{a['tokens']:,}; a recipe has " + ", ".join(f"{v} ({k})" for k, v in a["lengths"].items())),
-              ("padding", f"batches of {size}: random {a['padding']['random']:.1%}, sorted {a['padding']['sorted']:.2%}")]
+              ("padding", f"batches of {size}: {share}")]
     for what, text in lines:
         print(f"{what:<12} {text}".rstrip())
 
 
 def show(heap, text, cfg, n):
     """Print recipes as the model sees them: green what it is trained to write, grey what it only reads."""
-    rng = np.random.default_rng(cfg.seed)
-    for i in rng.permutation(heap.train)[:n]:
+    for i in np.random.default_rng(cfg.seed).permutation(heap.train)[:n]:
         ids, first = heap.ids(i), first_target(heap, i, cfg.mask_prompt, text.bos)
         raw = [text.tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in (ids[:first], ids[first:])]
         print(f"\033[90m{raw[0]}\033[0m\033[32m{raw[1]}\033[0m\n")
@@ -350,8 +351,7 @@ def main():
     cli.bound(what, show=(0, float("inf")))
     heap, held, text = prepare(cfg, rules, convert.resolve(cfg.model, cache_folder(cfg)))
     if what.show:
-        show(heap, text, cfg, what.show)
-        return
+        return show(heap, text, cfg, what.show)
     account = full_account(heap, held, cfg)
     print(json.dumps(account, ensure_ascii=False)) if what.json else print_account(account)
 

@@ -1,11 +1,11 @@
 """LoRA by hand (Hu et al. 2021): y = x · Wᵀ + s · (x · Aᵀ) · Bᵀ with W frozen, A [r, in] and B [out, r] trained.
 
-One example: W of 4096 × 4096 holds 16.8 million numbers; at r = 16, A and B hold 131 thousand, 0.8 % of them. B starts at
-zero, so an untrained adapter changes nothing. s is lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA: Kalajdzievski 2023).
+One example: W of 4096 × 4096 holds 16.8 million numbers; at r = 16, A and B hold 131 thousand, 0.8 % of them. B starts
+at zero, so an untrained adapter changes nothing. s is lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski).
 
 Beside peft, where each layer runs its own three products and autograd keeps their inputs, this file sends the layers
-that share an input (q, k, v; gate, up) through one autograd function: the input is kept once, all A matrices are multiplied
-at once, and W is asked for again in backward instead of being kept. It speaks to W through two methods only, mm(x) = x · Wᵀ
+that share an input (q, k, v; gate, up) through one autograd function: the input is kept once, all A are multiplied at
+once, and W is asked for again in backward instead of being kept. It speaks to W by two methods only, mm(x) = x · Wᵀ
 and mm_t(g) = g · W, so the same lines serve bf16, NF4 and fp8 weights. Files are in PEFT's format, both ways.
 
     model = model.load(folder, make_linear=quant.plain)
@@ -30,13 +30,13 @@ PARENT = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "
 
 
 class LoRA(nn.Module):
-    """A frozen layer (`base`) with its A and B. Those are fp32 and cast where they are used: Adam's small steps would be lost
-    in bf16's eight bits."""
+    """A frozen layer (`base`) with its A and B. Those are fp32 and cast where they are used: Adam's small steps would
+    be lost in bf16's eight bits."""
 
     def __init__(self, base, r, scale, dropout=0.0, generator=None):
         super().__init__()
         self.base, self.scale, self.dropout, self.bias = base, scale, dropout, base.bias
-        device, bound = next(base.parameters()).device, 1 / math.sqrt(base.in_features)  # PEFT's kaiming_uniform_(a=sqrt(5))
+        device, bound = next(base.parameters()).device, 1 / math.sqrt(base.in_features)  # as PEFT's kaiming_uniform_
         self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator).to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
         self.train(base.training)  # a model in eval() stays so: no dropout
@@ -64,7 +64,7 @@ class GroupMatmul(torch.autograd.Function):
             y = layer.mm(x)
             if isinstance(layer, LoRA):
                 u_i, B = next(todo)
-                y = torch.addmm(y, u_i, B.t(), alpha=layer.scale)  # not addmm_: torch.compile of 2.11 then loses every gradient
+                y = torch.addmm(y, u_i, B.t(), alpha=layer.scale)  # addmm_ loses every gradient in 2.11's compile
             out.append(y)
         ctx.layers, ctx.dropped = layers, xd is not None
         ctx.save_for_backward(h, *u, *params)
@@ -107,13 +107,13 @@ def project(x, layers):
 
 
 def adapt(model, r, alpha, dropout=0.0, targets="all", rslora=False, seed=0):
-    """Put an untrained LoRA around the target layers of every block and freeze everything else. Returns the LoRA layers.
+    """Put an untrained LoRA around the target layers of every block and freeze everything else. -> the LoRA layers
 
     targets: "all", or names with commas, q_proj,v_proj say."""
     names = list(PARENT) if targets == "all" else [name.strip() for name in targets.split(",")]
     for name in names:
         if name not in PARENT:
-            raise UserError(f"--lora_targets: {name!r} is no layer that can be adapted; choose among {', '.join(PARENT)} or all.")
+            raise UserError(f"--lora_targets: {name!r} is no layer to adapt; choose among {', '.join(PARENT)} or all.")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same adapter on every device
     for block in model.layers:
@@ -140,9 +140,9 @@ def parameters(model):
 def peft_config(base, r, alpha, dropout, targets, rslora):
     """adapter_config.json as peft reads it."""
     names = list(PARENT) if targets == "all" else [name.strip() for name in targets.split(",")]
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r, "lora_alpha": alpha,
-            "lora_dropout": dropout, "target_modules": names, "use_rslora": rslora, "bias": "none", "fan_in_fan_out": False,
-            "inference_mode": True, "init_lora_weights": True, "modules_to_save": None}
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r,
+            "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": names, "use_rslora": rslora, "bias": "none",
+            "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None}
 
 
 def read_config(folder):
@@ -154,24 +154,24 @@ def read_config(folder):
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} cannot be read as a LoRA adapter's configuration ({e!r}).") from None
     if not (isinstance(r, int) and r > 0 and isinstance(alpha, (int, float)) and isinstance(targets, (list, str))):
-        raise UserError(f"{path}: r = {r!r}, lora_alpha = {alpha!r}, target_modules = {targets!r} are no LoRA adapter's.")
-    for key, fine in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("modules_to_save", None), ("rank_pattern", {}),
-                      ("alpha_pattern", {}), ("layers_to_transform", None), ("lora_bias", False), ("fan_in_fan_out", False),
-                      ("alora_invocation_tokens", None)):
+        raise UserError(f"{path}: r = {r!r}, lora_alpha = {alpha!r}, target_modules = {targets!r} are no adapter's.")
+    for key, fine in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("modules_to_save", None),
+                      ("rank_pattern", {}), ("alpha_pattern", {}), ("layers_to_transform", None), ("lora_bias", False),
+                      ("fan_in_fan_out", False), ("alora_invocation_tokens", None)):
         if (config.get(key) or fine) != fine:
             raise UserError(f"{path}: {key} = {config[key]!r} is not supported, only {fine!r}.")
     if str(config.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
-        raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base model's own weights.")
+        raise UserError(f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base's own weights.")
     if isinstance(targets, str) and targets != "all-linear":
-        raise UserError(f"{path}: target_modules = {targets!r} is a pattern; only a list of names or all-linear is supported.")
-    names = "all" if isinstance(targets, str) else ",".join(sorted({t.rpartition(".")[2] for t in targets}))  # may be paths
+        raise UserError(f"{path}: target_modules = {targets!r} is a pattern; only names and all-linear are supported.")
+    names = "all" if isinstance(targets, str) else ",".join(sorted({t.rpartition(".")[2] for t in targets}))  # or paths
     return {"r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0, "targets": names,
             "rslora": bool(config.get("use_rslora"))}
 
 
 def load(model, folder):
-    """Adapt the model as the folder's adapter_config.json says and fill in its tensors. Every tensor of the file is used once
-    and every A and B is filled, or an error names the one that does not fit."""
+    """Adapt the model as the folder's adapter_config.json says and fill in its tensors. Every tensor of the file is
+    used once and every A and B is filled, or an error names the one that does not fit."""
     layers = adapt(model, **read_config(folder))
     fill(model, read_tensors(folder))
     return layers
@@ -182,7 +182,7 @@ def read_tensors(folder):
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} cannot be read ({e}); an adapter is adapter_config.json and adapter_model.safetensors.") from None
+        raise UserError(f"{path} cannot be read ({e}); an adapter has it beside its adapter_config.json.") from None
 
 
 def fill(model, tensors):
@@ -193,7 +193,7 @@ def fill(model, tensors):
             raise UserError(f"the adapter's {key} has no place in this base model or its target_modules.")
         param = wanted.pop(key)
         if param.shape != tensor.shape:
-            raise UserError(f"the adapter's {key} has shape {list(tensor.shape)}, this base model needs {list(param.shape)}.")
+            raise UserError(f"the adapter's {key} has shape {list(tensor.shape)}, this base needs {list(param.shape)}.")
         with torch.no_grad():
             param.copy_(tensor)
     if wanted:

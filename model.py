@@ -75,9 +75,10 @@ def read_config(folder):
     try:
         cfg = ModelConfig(
             **{size: c[size] for size in SIZES},
-            num_key_value_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-            max_position_embeddings=c.get("max_position_embeddings", 2048), rms_norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 10000.0, rope_scaling=rope,
+            num_key_value_heads=c.get("num_key_value_heads") or heads, rms_norm_eps=c.get("rms_norm_eps", 1e-6),
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads, rope_scaling=rope,
+            max_position_embeddings=c.get("max_position_embeddings", 2048),
+            rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
             tie_word_embeddings=c.get("tie_word_embeddings", False), attention_bias=c.get("attention_bias", False),
             mlp_bias=c.get("mlp_bias", False))
         rope_frequencies(cfg)
@@ -101,7 +102,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(cfg):
-    """Angle per position of each of the D/2 pairs, [D/2] fp32. Llama 3.1 (its reference code, `apply_scaling`) slows the pairs
+    """Angle per position of each of the D/2 pairs, [D/2] fp32. Llama 3.1 (`apply_scaling` in its code) slows the pairs
     whose wavelength is near or beyond the length it was first trained on, and leaves the quick ones alone."""
     D, s = cfg.head_dim, cfg.rope_scaling
     freq = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
@@ -116,7 +117,7 @@ def rope_frequencies(cfg):
 
 
 def rotate(x, cos, sin):
-    """RoPE on x [B, h, T, D] with cos and sin [B or 1, 1, T, D/2]: the pairs are (i, i + D/2), Hugging Face's layout."""
+    """RoPE on x [B, h, T, D] with cos and sin [B or 1, 1, T, D/2]: the pairs are (i, i + D/2), as in Hugging Face's."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -125,7 +126,7 @@ def attention(q, k, v, mask, flash):
     """q [B, H, T, D], k and v [B, K, S, D], mask [B, 1, T, S] of bool or None (causal, T = S). -> [B, H, T, D]
 
     Rows are padded on the right, so causal alone keeps a real token from ever seeing padding."""
-    grouped = flash and not (q.is_cuda and (mask is not None or q.dtype == torch.float32))  # what flash's own kernel takes there
+    grouped = flash and not (q.is_cuda and (mask is not None or q.dtype == torch.float32))  # what flash takes there
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [k1, k2] -> [k1, k1, k2, k2]
     if flash:  # never holds the [T, S] scores (Dao et al. 2022)
@@ -140,8 +141,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg, flash):
         super().__init__()
-        C, D, H, K, width = cfg.hidden_size, cfg.head_dim, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.intermediate_size
-        self.D, self.flash = D, flash
+        C, width, H, K = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.num_key_value_heads
+        self.flash, self.D = flash, (D := cfg.head_dim)
         self.project = lambda h, layers: [layer(h) for layer in layers]  # lora.py sets its own here
         self.input_layernorm = RMSNorm(C, cfg.rms_norm_eps)
         self.q_proj = nn.Linear(C, H * D, bias=cfg.attention_bias)
@@ -169,14 +170,14 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of different
-    lengths share a batch: what right padding left in a row's slots is overwritten before the row's mask reaches it."""
+    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of
+    different lengths share a batch: what padding left in a row is overwritten before the row's mask reaches it."""
 
     def __init__(self, cfg, B, S, device, dtype):
         self.k, self.v = torch.zeros(2, B, cfg.num_key_value_heads, S, cfg.head_dim, device=device, dtype=dtype)
 
     def put(self, k, v, pos):
-        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself; a single token to all that the cache holds."""
+        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
         rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
         self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
         return (self.k, self.v) if k.shape[2] == 1 else (k, v)
@@ -221,8 +222,8 @@ class Llama(nn.Module):
 class ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies without the [N, V] logits: chunk by chunk, each with its gradient at once, then forgotten.
 
-    At 8,192 tokens and Llama-3's vocabulary the logits and their gradient would be 8 GB in fp32; this holds `rows` of them.
-    A frozen head (all but --lora_r 0) gets no gradient. The idea: Liger's fused_linear_cross_entropy, Cut Cross-Entropy."""
+    At 8,192 tokens and Llama-3's vocabulary logits and gradient would be 8 GB in fp32; this holds `rows` of them.
+    A frozen head (all but --lora_r 0) gets no gradient. The idea: Liger's fused linear loss, Cut Cross-Entropy."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, scale):
@@ -240,8 +241,8 @@ class ChunkedLoss(torch.autograd.Function):
             z = e.sum(-1, keepdim=True)
             total += (z.log() + top - right).sum()
             if want_h or want_w:
-                p = e.mul_(scale / z).scatter_add_(-1, tc, torch.full_like(z, -scale))  # scale * (softmax - one-hot), in fp32:
-                p = p.to(h.dtype)  # the scale comes before anything is cast down
+                p = e.mul_(scale / z).scatter_add_(-1, tc, torch.full_like(z, -scale))  # softmax - one-hot
+                p = p.to(h.dtype)  # scaled in fp32, before anything is cast down
                 if want_h:
                     torch.mm(p, W, out=dh[i:i + rows])
                 if want_w:
@@ -273,7 +274,6 @@ def logits(model, h):
 
 # --- loading ---
 
-
 def plain_linear(name, tensor):
     """The default make_linear: a trainable nn.Linear that owns the tensor."""
     layer = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
@@ -282,7 +282,7 @@ def plain_linear(name, tensor):
 
 
 def hf_name(name):
-    """This file's parameter name in a Hugging Face checkpoint: layers.0.q_proj.weight -> model.layers.0.self_attn.q_proj.weight."""
+    """A parameter's name in a Hugging Face checkpoint: layers.0.q_proj -> model.layers.0.self_attn.q_proj."""
     name = re.sub(r"([qkvo]_proj)", r"self_attn.\1", re.sub(r"((?:gate|up|down)_proj)", r"mlp.\1", name))
     return name if name.startswith("lm_head") else f"model.{name}"
 
@@ -292,7 +292,7 @@ def shards(folder):
     folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
     if index.exists():
         try:
-            files = [folder / f for f in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+            files = [folder / f for f in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{index} cannot be read ({e!r}); fetch it again.") from None
     else:
@@ -304,8 +304,8 @@ def shards(folder):
 
 
 def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True):
-    """A Llama with the weights of a folder. Each tensor goes from its shard to the device and dtype (None: as stored), becomes
-    what make_linear(name, tensor) makes of it, and is forgotten: the peak is the finished model and one tensor.
+    """A Llama with the weights of a folder. Each tensor goes from its shard to the device and dtype (None: as stored),
+    becomes what make_linear(name, tensor) makes of it, and is forgotten: the peak is the finished model and one tensor.
 
     Loud: every tensor of the checkpoint is used once, every parameter filled once, every shape checked."""
     folder = Path(folder)
@@ -322,11 +322,11 @@ def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True)
                     if hf.endswith("rotary_emb.inv_freq") or hf == "lm_head.weight" and model.cfg.tie_word_embeddings:
                         continue  # old checkpoints store the one, some store a tied head a second time
                     if hf not in wanted:
-                        raise UserError(f"{file}: {hf} is a tensor that config.json has no place for, or is there twice.")
+                        raise UserError(f"{file}: {hf} has no place in config.json's model, or is there twice.")
                     name, shape = wanted.pop(hf)
                     tensor = tensors.get_tensor(hf)
                     if tensor.shape != shape:
-                        raise UserError(f"{file}: {hf} has shape {list(tensor.shape)}, config.json makes it {list(shape)}.")
+                        raise UserError(f"{file}: {hf} has shape {list(tensor.shape)}, config.json says {list(shape)}.")
                     place(model, name, tensor.to(dtype or tensor.dtype), make_linear)
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file} cannot be read ({e}): cut off or damaged; fetch it again.") from None
@@ -338,7 +338,7 @@ def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True)
 
 
 def place(model, name, tensor, make_linear):
-    """Put one tensor where it belongs. A block's linear layer is replaced by make_linear's, a bias that came first kept."""
+    """Put one tensor where it belongs. A block's linear layer is replaced by make_linear's; its bias stays."""
     path, _, leaf = name.rpartition(".")
     parent, _, child = path.rpartition(".")
     layer = model.get_submodule(path)

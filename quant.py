@@ -6,8 +6,8 @@ A frozen layer is any module with
     mm_t(g)     g · W,  [*, out] -> [*, in]: the gradient of mm's input
     forward(x)  one autograd function around the two, which keeps nothing of x and nothing of W
 
-so whoever stands on it (lora.py) need not know how W is kept. nn.Linear would keep a reference to W per call too, but in a
-compressed kind that reference is to a weight that had to be made in full first.
+so whoever stands on it (lora.py) need not know how W is kept. nn.Linear would keep a reference to W per call too, but
+in a compressed kind that reference is to a weight that had to be made in full first.
 """
 import torch
 from torch import nn
@@ -71,8 +71,8 @@ def pick_device(name):
 def pick_dtype(name, device):
     """(dtype that frozen weights are kept in, dtype of the arithmetic, why).
 
-    A CPU without bf16 instructions makes bf16 products many times slower than fp32 ones: there bf16 is only how weights are
-    kept, half of fp32's memory, and the product is made in fp32."""
+    A CPU without bf16 instructions makes bf16 products many times slower than fp32 ones: there bf16 is only how weights
+    are kept, half of fp32's memory, and the product is made in fp32."""
     native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: True,
               "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[device.type]()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"this {device.type}"

@@ -6,8 +6,8 @@
     python sample.py --prompts titles.txt --json            # a prompt a line, or {"title": …} / {"prompt": …} objects
     python sample.py --model org/name --prompt "Once upon"  # no run: a base model as it is
 
-Follow one token: `generate` reads all prompts in one pass, then each step feeds the last token of every row to the model,
-which looks at the keys and values it cached before, and `pick` chooses the next one.
+Follow one token: `generate` reads all prompts in one pass, then each step feeds the last token of every row to the
+model, which looks at the keys and values it cached before, and `pick` chooses the next one.
 """
 import hashlib
 import json
@@ -33,7 +33,7 @@ from cli import UserError, say
 @dataclass
 class Config:
     run: str = ""                      # folder of a run, or its best/; out where no --model is named
-    model: str = ""                    # a base model without a run: folder, .gguf file or org/name; with --run, where its base is now
+    model: str = ""                    # a base model without a run (folder, .gguf, org/name); with --run: its base
     title: str = ""                    # title of the recipe to write; none: one that the run held out
     ingredients: str = ""              # what it is made of, with commas; needs --title
     prompt: str = ""                   # any text to go on from
@@ -53,8 +53,8 @@ class Config:
 
 def check(cfg):
     big = float("inf")
-    cli.bound(cfg, num_samples=(1, 10**6), temperature=(0, 100), top_k=(0, big), top_p=(1e-6, 1), max_new_tokens=(1, big),
-              batch_size=(1, big), seed=(0, 2**63))
+    cli.bound(cfg, num_samples=(1, 10**6), temperature=(0, 100), top_k=(0, big), top_p=(1e-6, 1),
+              max_new_tokens=(1, big), batch_size=(1, big), seed=(0, 2**63))
     if sum(map(bool, (cfg.title, cfg.prompt, cfg.prompts))) > 1:
         raise UserError("--title, --prompt and --prompts exclude each other.")
     if cfg.ingredients and not cfg.title:
@@ -65,7 +65,7 @@ def check(cfg):
 
 
 def noise_seed(seed, prompt, n):
-    """The noise of a text depends on (seed, prompt, number of the sample) alone, so a batch around it changes nothing."""
+    """The noise of a text depends on (seed, prompt, number of the sample) alone: a batch around it changes nothing."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, list(prompt), n]).encode()).digest()[:8], "little") >> 1
 
 
@@ -86,17 +86,17 @@ def pick(logits, temperature, top_k, top_p, generators):
     if temperature == 0:
         return logits.argmax(-1)
     p = keep_likely(logits.float() / temperature, top_k, top_p).softmax(-1)
-    e = torch.stack([torch.empty(p.shape[-1]).exponential_(generator=g) for g in generators])  # on the CPU: any device agrees
+    e = torch.stack([torch.empty(p.shape[-1]).exponential_(generator=g) for g in generators])  # same on any device
     return (p / e.to(p.device)).argmax(-1)
 
 
 @torch.no_grad()
-def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, temperature=Config.temperature, top_k=Config.top_k,
-             top_p=Config.top_p, seed=Config.seed, numbers=None, on_token=None):
-    """Go on from each prompt (lists of token ids, of any lengths) until one of `ends`. -> [new ids, without the end token], [ended]
+def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, temperature=Config.temperature,
+             top_k=Config.top_k, top_p=Config.top_p, seed=Config.seed, numbers=None, on_token=None):
+    """Go on from each prompt (a list of token ids) until one of `ends`. -> [new ids, without the end token], [ended]
 
-    numbers: number of the sample for each row, so that the same prompt can be asked for several texts. on_token(row, id) is
-    called as tokens come."""
+    numbers: number of the sample for each row, so that the same prompt can be asked for several texts. on_token(row,
+    id) is called as tokens come."""
     device, cfg = model.embed_tokens.weight.device, model.cfg
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     T, B = int(lengths.max()), len(prompts)
@@ -106,7 +106,7 @@ def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, tempera
     dtype = model.dtype or model.embed_tokens.weight.dtype
     caches = [models.Cache(cfg, B, T + max_new_tokens, device, dtype) for _ in model.layers]
     generators = [torch.Generator().manual_seed(noise_seed(seed, p, n)) for p, n in zip(prompts, numbers or [0] * B)]
-    ids = torch.zeros(B, T, dtype=torch.long, device=device)  # prompts are padded on the right: causal attention never sees it
+    ids = torch.zeros(B, T, dtype=torch.long, device=device)  # padded on the right: causal attention never sees it
     for row, p in enumerate(prompts):
         ids[row, :len(p)] = torch.tensor(p)
     pos = torch.arange(T, device=device).expand(B, T)
@@ -134,7 +134,7 @@ TITLE = "Pumpkin Bread"  # asked of a model that has no run
 
 
 def with_ingredients(text, title, ingredients=""):
-    """Token ids of a recipe's beginning: the title, or the title and its ingredients up to the number of the first step."""
+    """Token ids of a recipe's beginning: the title, or title and ingredients up to the number of the first step."""
     items = [i.strip() for i in (ingredients.split(",") if isinstance(ingredients, str) else ingredients) if i.strip()]
     begin = "\n\nIngredients:\n" + "".join(f"- {i}\n" for i in items) + "\nDirections:\n1." if items else ""
     return text.prompt(title, begin), title + begin
@@ -154,7 +154,7 @@ def read_prompts(path, text):
                 asked.append((text.prompt(row["prompt"]), row["prompt"]) if "prompt" in row else
                              with_ingredients(text, row["title"], row.get("ingredients", "")))
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise UserError(f"{path}:{n}: not a JSON object with prompt, or title and ingredients ({e!r}).") from None
+                raise UserError(f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e!r}).") from None
         elif line.strip():
             asked.append((text.prompt(line.rstrip("\r")), line.rstrip("\r")))
     if not asked:
@@ -180,7 +180,7 @@ def load(cfg):
     full = info and (folder / "model.safetensors").exists()
     base = folder if full else convert.resolve(cfg.model or (info["config"]["model"] if info else ""), cache)
     if info and not full and state.fingerprint(base) != info["base_fingerprint"]:
-        raise UserError(f"{base} is not the model that {folder} was trained on: it has changed. Name the right one with --model.")
+        raise UserError(f"{base} is not what {folder} was trained on: it has changed. Name the right one with --model.")
     model = models.load(base, device, kept, quant.plain)
     model.dtype = compute
     if info and not full:
@@ -190,7 +190,7 @@ def load(cfg):
     if info and folder == in_run.parent and (folder / "state.json").exists():
         facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if facts["best_step"] < facts["step"]:
-            say("note", f"held-out loss was best at step {facts['best_step']}, this is step {facts['step']}: --run {folder}/best")
+            say("note", f"this is step {facts['step']}, the best was {facts['best_step']}: --run {folder}/best")
     return model, data.Text(base), info
 
 
@@ -219,10 +219,11 @@ def main():
         print(jobs[0][1], end="", flush=True)
     for i in range(0, len(order), cfg.batch_size):
         rows = order[i:i + cfg.batch_size]
-        out, ended = generate(model, [jobs[r][0] for r in rows], text.ends, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
-                              cfg.top_p, cfg.seed, [jobs[r][2] for r in rows], show if streamed else None)
+        out, ended = generate(model, [jobs[r][0] for r in rows], text.ends, cfg.max_new_tokens, cfg.temperature,
+                              cfg.top_k, cfg.top_p, cfg.seed, [jobs[r][2] for r in rows], show if streamed else None)
         for r, ids, end in zip(rows, out, ended):
-            results[r] = {"prompt": jobs[r][1], "text": text.decode(ids), "sample": jobs[r][2], "tokens": len(ids), "ended": end}
+            results[r] = {"prompt": jobs[r][1], "text": text.decode(ids), "sample": jobs[r][2], "tokens": len(ids),
+                          "ended": end}
             count += len(ids)
     if streamed:
         print()

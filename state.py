@@ -7,8 +7,8 @@
     state = run.load_state(optimizer, params)
     with Stop() as stop: ... if stop.signal: save and leave
 
-What makes a resume exact: the trained tensors, the optimiser's, the random generators and the JSON beside them lie in ONE file,
-which appears in one rename. A run killed between any two writes goes on from the last whole state.
+What makes a resume exact: the trained tensors, the optimiser's, the random generators and the JSON beside them lie in
+ONE file, which appears in one rename. A run killed between any two writes goes on from the last whole state.
 """
 import contextlib
 import errno
@@ -31,12 +31,13 @@ except ImportError:  # Windows
     raise SystemExit("error: this program needs Linux or macOS; on Windows run it under WSL.") from None
 
 STATE = "state.safetensors"
-MADE_HERE = (STATE, *(where + name for where in ("", "best/") for name in ("adapter_model.safetensors", "model.safetensors")))
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+MADE_HERE = (STATE, *WEIGHTS, *(f"best/{name}" for name in WEIGHTS))  # a folder with none of these holds no run
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give a path beside `path` to write to; sync and rename it when the block ends well, remove it when it does not."""
+    """Give a path beside `path` to write to; sync and rename it when the block ends well, else remove it."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -71,8 +72,8 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def fingerprint(folder):
-    """A model folder's identity in a fraction of a second: config.json, and of each shard its size, its beginning (names, shapes,
-    places) and 64 kB at 64 places, the last at its end. A fine-tune changes weights everywhere; no proof against forgery."""
+    """A model folder's identity in a fraction of a second: config.json, and of each shard its size and 64 kB at 65
+    places, the first at its header, the last at its end. A fine-tune changes weights everywhere; a forger need not."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for shard in sorted(Path(folder).glob("*.safetensors")):
         if shard.name in (STATE, "adapter_model.safetensors"):
@@ -88,7 +89,7 @@ def fingerprint(folder):
 
 class Run:
     def __init__(self, folder, resume):
-        """Own the folder. A run that is there already is resumed, or renamed to folder.1, folder.2, …; no weights are ever deleted."""
+        """Own the folder. A run that is there already is resumed, or renamed to folder.1, folder.2, …, not deleted."""
         self.folder = Path(folder).resolve()
         if resume and not (self.folder / STATE).exists():
             raise UserError(f"--resume: {self.folder} holds no {STATE} to go on from.")
@@ -98,7 +99,7 @@ class Run:
             raise UserError(f"--out {folder} is a file, or lies in one; name a folder.") from None
         self.lock = self.own()
         if not resume and self.folder == Path.cwd() and any((self.folder / name).exists() for name in MADE_HERE):
-            raise UserError(f"--out {folder} is the current folder and holds a run: it cannot be renamed; name another --out.")
+            raise UserError(f"--out {folder} is the current folder and holds a run: name another --out.")
         if not resume and any((self.folder / name).exists() for name in MADE_HERE):
             n = 1
             while (old := self.folder.with_name(f"{self.folder.name}.{n}")).exists():
@@ -117,7 +118,7 @@ class Run:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is training in {self.folder}; wait for it or choose another --out.") from None
+            raise UserError(f"another process is training in {self.folder}; wait, or choose another --out.") from None
         return lock
 
     def write_json(self, name, value):
@@ -156,7 +157,7 @@ class Run:
     # --- resume ---
 
     def save_state(self, optimizer, params, facts):
-        """params {name: parameter}, the optimiser, the random generators and facts (JSON: the step, the best loss, …)."""
+        """params {name: parameter}, the optimiser, the random generators and facts (JSON: step, best loss, …)."""
         tensors = {f"param.{name}": p for name, p in params.items()}
         scalars = {}
         for i, values in optimizer.state_dict()["state"].items():
@@ -183,7 +184,7 @@ class Run:
             if shapes != {name: list(t.shape) for name, t in tensors.items()}:
                 raise ValueError("its tensors are not those that were saved")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{path} cannot be read ({e}); start again without --resume: the old run is kept.") from None
+            raise UserError(f"{path} cannot be read ({e}); start without --resume: the old run is kept.") from None
         for name, p in params.items():
             saved = tensors.get(f"param.{name}")
             if saved is None or saved.shape != p.shape:
@@ -203,8 +204,8 @@ class Run:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the step in hand: stop.signal is set, and the loop saves and leaves. A second one
-    ends it at once."""
+    """Ctrl-C and SIGTERM end the run after the step in hand: stop.signal is set, and the loop saves and leaves. A
+    second one ends it at once."""
 
     def __enter__(self):
         self.signal, self.before = None, {}

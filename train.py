@@ -1,6 +1,6 @@
 """Fine-tune a Llama-architecture model to write recipes, on one GPU or a laptop.
 
-    python train.py                                            # SmolLM2-135M on the Wikibooks Cookbook; needs nothing else
+    python train.py                                         # SmolLM2-135M on the Wikibooks Cookbook; needs nothing else
     python train.py --lora_r 16 --compile --grad_ckpt          # the same, compiled, with little memory
     python train.py --model meta-llama/Llama-3.1-8B --data full_dataset.csv
     python train.py --max_steps 3 --val_recipes 8 --max_len 128  # a smoke test
@@ -41,7 +41,7 @@ from sample import generate
 
 @dataclass
 class Config(data.Data):  # data.py has the flags of the data: --model --data … --batch_tokens --seed --cache
-    out: str = "out"                   # the run's folder: adapter, best/, metrics.jsonl, curve.png, state to resume from
+    out: str = "out"                   # the run's folder: adapter, best/, metrics.jsonl, curve.png, state
     resume: bool = False               # go on with the run in --out, with its flags
     init_adapter: str = ""             # begin with this adapter (PEFT format) in place of an untrained one
     device: str = "auto"               # cuda, mps, cpu
@@ -60,7 +60,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data �
     optim: Literal["adamw"] = "adamw"  # the optimiser
     grad_accum: int = 1                # micro-batches a step: the gradient of one batch that many times larger
     # --- schedule ---
-    lr: float = 1e-3                   # peak learning rate, cosine to 0 after the warm-up; measured at 135M, 8B wants 2e-4
+    lr: float = 1e-3                   # peak learning rate, then cosine to 0; measured at 135M, 8B wants 2e-4
     warmup_steps: int = 5              # steps in which it rises
     weight_decay: float = 0.0          # AdamW's
     grad_clip: float = 1.0             # largest norm of the gradient; 0: no limit
@@ -73,17 +73,17 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data �
 
 
 # what a resumed run may change: everything else would make it another run
-FREE = {"out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter", "attn", "fused_loss", "grad_ckpt", "compile",
-        "max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"}
+FREE = {"out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter", "attn", "fused_loss",
+        "grad_ckpt", "compile", "max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"}
 
 
 def check(cfg):
     """Out-of-range flags, said before anything is loaded."""
     data.check(cfg)
     big = float("inf")
-    cli.bound(cfg, lora_r=(0, big), lora_alpha=(1, big), lora_dropout=(0, 0.99), grad_accum=(1, big), lr=(0, 1), warmup_steps=(0, big),
-              weight_decay=(0, 1), grad_clip=(0, big), max_steps=(0, big), epochs=(1, big), patience=(0, big), eval_every=(1, big),
-              save_every=(1, big))
+    cli.bound(cfg, lora_r=(0, big), lora_alpha=(1, big), lora_dropout=(0, 0.99), grad_accum=(1, big), lr=(0, 1),
+              warmup_steps=(0, big), weight_decay=(0, 1), grad_clip=(0, big), max_steps=(0, big), epochs=(1, big),
+              patience=(0, big), eval_every=(1, big), save_every=(1, big))
     if cfg.init_adapter and not cfg.lora_r:
         raise UserError("--init_adapter needs an adapter to begin with: it cannot go with --lora_r 0.")
 
@@ -102,13 +102,14 @@ def build(cfg, folder, device):
         if cfg.init_adapter and not cfg.resume:
             have = lora.read_config(cfg.init_adapter)
             if (have["r"], have["alpha"], have["rslora"]) != (cfg.lora_r, cfg.lora_alpha, cfg.rslora):
-                raise UserError(f"--init_adapter {cfg.init_adapter} has r {have['r']}, alpha {have['alpha']}, rslora {have['rslora']}: "
-                                "give --lora_r, --lora_alpha and --rslora the same values.")
+                raise UserError(f"--init_adapter {cfg.init_adapter} has r {have['r']}, alpha {have['alpha']}, "
+                                f"rslora {have['rslora']}: give --lora_r, --lora_alpha and --rslora the same values.")
         layers = lora.adapt(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.rslora, cfg.seed)
         params = lora.parameters(model)
         if cfg.init_adapter and not cfg.resume:
             lora.fill(model, lora.read_tensors(cfg.init_adapter))
-        say("lora", f"r={cfg.lora_r} on {len(layers)} layers: {sum(p.numel() for p in params.values()):,} trained parameters"
+        count = sum(p.numel() for p in params.values())
+        say("lora", f"r={cfg.lora_r} on {len(layers)} layers: {count:,} trained parameters"
             + (f", from {cfg.init_adapter}" if cfg.init_adapter else ""))
         autocast = contextlib.nullcontext()
     else:  # fp32 masters: bf16 would lose most of Adam's steps; autocast makes the arithmetic bf16
@@ -120,7 +121,7 @@ def build(cfg, folder, device):
         model.around = partial(checkpoint, use_reentrant=False, preserve_rng_state=cfg.lora_dropout > 0)
         say("grad_ckpt", f"{len(model.layers)} blocks keep one tensor each and are computed again in backward")
     if cfg.compile:  # one block is small and all are alike: one graph, for every length
-        torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to be equal, B and T say, stay two sizes
+        torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
         for block in model.layers:
             block.compile(dynamic=True)
         say("compile", "each block, one graph for all lengths; the first step takes longer")
@@ -143,14 +144,15 @@ def check_data(cfg, heap, text):
     for i in sample:
         ids, first = heap.ids(i), data.first_target(heap, i, cfg.mask_prompt, text.bos)
         if ids[-1] != text.end or first >= len(ids):
-            raise UserError(f"recipe {i} does not end in the end token as a target: the model would never learn to stop.")
+            raise UserError(f"recipe {i} does not end in the end token as a target: the model would not learn to stop.")
         if text.bos and (ids[0] != text.bos[0] or (ids[1:] == text.bos[0]).any()):
             raise UserError(f"recipe {i} does not begin with exactly one BOS token.")
         targets += len(ids) - first
     share = targets / heap.lengths(sample).sum()
     say("check", f"end token {text.end} ends {len(sample)} of {len(sample)} rows, as a target")
     say("check", f"BOS: {'exactly one' if text.bos else 'this tokenizer has none'}")
-    say("check", f"{heap.account['dropped']['max_len']} recipes dropped for --max_len {cfg.max_len}; {share:.0%} of tokens are targets")
+    dropped = heap.account["dropped"]["max_len"]
+    say("check", f"{dropped} recipes dropped for --max_len {cfg.max_len}; {share:.0%} of tokens are targets")
 
 
 def check_gradients(model, params):
@@ -178,7 +180,7 @@ def lr_at(step, total, cfg):
 
 
 def steps_of_run(heap, cfg):
-    """The recipes of step 1, 2, …: a list of micro-batches each, epoch after epoch without end. No step mixes two epochs."""
+    """The recipes of step 1, 2, …: a list of micro-batches each, epoch after epoch. No step mixes two of them."""
     lengths = heap.lengths(heap.train)
     for epoch in itertools.count():
         for step in data.plan(lengths, cfg, epoch, cfg.grad_accum):
@@ -195,7 +197,7 @@ def count_steps(heap, cfg):
 
 @torch.no_grad()
 def evaluate(model, held, cfg, text, device, autocast):
-    """Held-out loss per target token, through the same loss as training: a fused one never holds the logits here either."""
+    """Held-out loss per target token, through the same loss as training: fused, it never holds the logits."""
     lengths = held.lengths(held.val)
     order = (-lengths).argsort(kind="stable")
     total, count = 0.0, 0
@@ -203,7 +205,9 @@ def evaluate(model, held, cfg, text, device, autocast):
     batches = [[held.val[rows]] for rows in data.cut(order, lengths, cfg.batch_size, cfg.batch_tokens)]
     for batch, in data.feed(held, batches, device, cfg.mask_prompt, text.bos):
         with autocast:
-            total += models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets, fused=cfg.fused_loss).item()
+            h = model(batch.ids)
+            part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, fused=cfg.fused_loss)
+        total += part.item()
         count += len(batch.targets)
     model.train()
     return total / count
@@ -227,11 +231,12 @@ def save(run, params, cfg, base, where=""):
     folder.mkdir(exist_ok=True)
     if cfg.lora_r:
         state.write_json(folder / "adapter_config.json", lora.peft_config(
-            cfg.model or convert.DEFAULT_MODEL, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, cfg.rslora))
+            cfg.model or convert.DEFAULT_MODEL, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets,
+            cfg.rslora))
         state.write_tensors(folder / "adapter_model.safetensors", params)
         return
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                 "added_tokens.json", "chat_template.jinja"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                 "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
         if (base / name).exists():
             with state.atomic(folder / name) as beside:
                 shutil.copyfile(base / name, beside)
@@ -263,7 +268,8 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     with contextlib.suppress(OSError, StopIteration):
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024 / 1e9
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
@@ -275,7 +281,8 @@ def about(cfg, rules, base, heap, held, text, model):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
                                 check=False).stdout.strip() or None
     heaps = heap.rows.tobytes() + held.rows[held.val].tobytes()
-    starts = [held.ids(i)[:held.rows["prompt"][i] if held.rows["prompt"][i] > len(text.bos) else len(text.bos) + 8] for i in held.val]
+    bos, ends = len(text.bos), held.rows["prompt"]  # of a text without a prompt, the first tokens
+    starts = [held.ids(i)[:ends[i] if ends[i] > bos else bos + 8] for i in held.val]
     return {"config": dataclasses.asdict(cfg), "rules": dataclasses.asdict(rules), "base": str(base),
             "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heaps).hexdigest()[:16],
             "dtype": str(model.embed_tokens.weight.dtype), "arithmetic": str(model.dtype or torch.float32),
@@ -286,14 +293,14 @@ def about(cfg, rules, base, heap, held, text, model):
 def same_run(run, now):
     """An error if a resume would make the run another one."""
     before = run.read_json("run.json")
-    for what, key in (("base model", "base_fingerprint"), ("data", "data_fingerprint"), ("dtype of the weights", "dtype"),
-                      ("dtype of the arithmetic (--dtype)", "arithmetic")):
+    for what, key in (("base model", "base_fingerprint"), ("data", "data_fingerprint"),
+                      ("dtype of the weights", "dtype"), ("dtype of the arithmetic (--dtype)", "arithmetic")):
         if before[key] != now[key]:
             raise UserError(f"--resume: the {what} is not the one that {run.folder} was trained with.")
 
 
 def resumed_flags(out):
-    """(Config, Rules) of a resume: the flags that the run was started with, and what may change from the command line."""
+    """(Config, Rules) of a resume: the flags that the run was started with, and those that may change."""
     try:
         before = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
         old = {**before["config"], **before["rules"], "resume": True, "out": out}
@@ -308,8 +315,9 @@ def resumed_flags(out):
 
 
 ADVICE = [  # in order of gain
-    ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss), ("--attn flash", lambda c: c.attn != "flash"),
-    ("--dtype bf16", lambda c: c.dtype == "fp32"), ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
+    ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss),
+    ("--attn flash", lambda c: c.attn != "flash"), ("--dtype bf16", lambda c: c.dtype == "fp32"),
+    ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
     ("a smaller --max_len", lambda c: True)]
 
 
@@ -324,8 +332,8 @@ def out_of_memory(cfg, model, device):
         weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         rest = max(0.0, peak_memory(device) - weights)
         flags = ", then ".join(flag for flag, helps in ADVICE if helps(cfg))
-        raise UserError(f"out of memory: weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB or more. Add {flags}. "
-                        f"({str(e).splitlines()[0]})") from None
+        raise UserError(f"out of memory: weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB "
+                        f"or more. Add {flags}. ({str(e).splitlines()[0]})") from None
 
 
 # --- 6. the run ---
@@ -356,13 +364,15 @@ def main():
 
     info = about(cfg, rules, base, heap, held, text, model)
     run = state.Run(cfg.out, cfg.resume)
-    facts = {"step": 0, "total": total, "best_val": None, "best_step": 0, "val_before": None, "val": None, "without_progress": 0}
+    facts = {"step": 0, "total": total, "best_val": None, "best_step": 0, "val_before": None, "val": None,
+             "without_progress": 0}
     if cfg.resume:
         same_run(run, info)
         facts = run.load_state(optimizer, params)
         run.forget_after(facts["step"])
         say("resume", f"after step {facts['step']}" + (
-            "" if total == facts["total"] else f"; the schedule was for {facts['total']} steps and is for {total} from here on"))
+            "" if total == facts["total"] else
+            f"; the schedule was for {facts['total']} steps and is for {total} from here on"))
         facts["total"] = total
         if facts["step"] >= total:
             raise UserError(f"--resume: {run.folder} has made its {total} steps; raise --max_steps or --epochs.")
@@ -392,8 +402,8 @@ def main():
             say("before", title)
             write_recipe(model, text, title, cfg)
             facts["val_before"] = measure()
-            run.log({"step": 0, "loss": None, "lr": None, "grad_norm": None, "target_tokens": 0, "tokens_per_s": None, "padding": None,
-                     "peak_mem_gb": round(peak_memory(device), 3), "val_loss": facts["val_before"]})
+            run.log({"step": 0, "loss": None, "lr": None, "grad_norm": None, "target_tokens": 0, "tokens_per_s": None,
+                     "padding": None, "peak_mem_gb": round(peak_memory(device), 3), "val_loss": facts["val_before"]})
             say("val_loss", f"{facts['val_before']:.4f} before training")
         plan = itertools.islice(steps_of_run(heap, cfg), facts["step"], total)
         bar = cli.Progress(total, "train")
@@ -409,7 +419,8 @@ def main():
             for batch in batches:
                 with autocast:
                     h = model(batch.ids)
-                    part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, 1 / targets, cfg.fused_loss)
+                    head = model.lm_head.weight
+                    part = models.sum_loss(h, head, batch.where, batch.targets, 1 / targets, cfg.fused_loss)
                 peak = max(peak, peak_memory(device))
                 part.backward()
                 loss += part.detach()
@@ -423,15 +434,17 @@ def main():
 
             loss, norm, took = float(loss), float(norm), time.time() - began  # float() waits for the GPU
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {step} (recipes {[int(i) for i in batch.rows[:8]]} …): lower --lr or use "
+                rows = [int(i) for i in batch.rows[:8]]
+                raise UserError(f"the loss is {loss} at step {step} (recipes {rows} …): lower --lr or use "
                                 f"--dtype fp32. {run.folder} keeps what was last saved.")
             if step == first:
                 bar.line("first step", f"{took:.1f} s, compilation and warm-up in it")
             else:
                 seconds, tokens = seconds + took, tokens + real
             facts["step"], peak = step, max(peak, peak_memory(device))
-            line = {"step": step, "loss": loss, "lr": lr_at(step, total, cfg), "grad_norm": norm, "target_tokens": targets,
-                    "tokens_per_s": round(real / took, 1), "padding": round(1 - real / padded, 4), "peak_mem_gb": round(peak, 3)}
+            line = {"step": step, "loss": loss, "lr": lr_at(step, total, cfg), "grad_norm": norm,
+                    "target_tokens": targets, "tokens_per_s": round(real / took, 1),
+                    "padding": round(1 - real / padded, 4), "peak_mem_gb": round(peak, 3)}
             bar.step(1, f"loss {loss:.3f}  {real / took:.0f} tok/s  {peak:.2f} GB")
             if step % cfg.eval_every == 0 or step == total:
                 line["val_loss"] = measure()
@@ -457,7 +470,8 @@ def main():
     write_recipe(model, text, title, cfg)
     print(json.dumps({"steps": facts["step"], "val_loss_before": facts["val_before"], "val_loss_after": facts["val"],
                       "tokens_per_s": round(tokens / seconds, 1) if seconds else None, "peak_mem_gb": round(peak, 3)}))
-    say("saved", f"{run.folder}: write recipes with `python sample.py{'' if cfg.out == 'out' else f' --run {cfg.out}'}`")
+    flag = "" if cfg.out == "out" else f" --run {cfg.out}"
+    say("saved", f"{run.folder}: write recipes with `python sample.py{flag}`")
     return 0
 
 

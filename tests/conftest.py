@@ -1,4 +1,5 @@
-"""What the tests share: a tiny model folder, a heap of made-up recipes, and a way to run the programs as a user does."""
+"""What the tests share: a tiny model folder, a heap of made-up recipes, and a way to run the programs."""
+
 import json
 import os
 import random
@@ -13,7 +14,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-FOODS = ["flour", "sugar", "butter", "milk", "eggs", "rice", "beans", "onions", "garlic", "carrots", "apples", "lemons", "cream", "cheese", "pasta", "chicken"]
+FOODS = [
+    "flour",
+    "sugar",
+    "butter",
+    "milk",
+    "eggs",
+    "rice",
+    "beans",
+    "onions",
+    "garlic",
+    "carrots",
+    "apples",
+    "lemons",
+    "cream",
+    "cheese",
+    "pasta",
+    "chicken",
+]
 VERBS = ["Chop", "Mix", "Stir", "Boil", "Fry", "Bake", "Fold", "Whisk", "Simmer", "Pour"]
 
 
@@ -22,10 +40,18 @@ def made_recipes(n, seed=0):
     rng, out = random.Random(seed), []
     for i in range(n):
         foods = rng.sample(FOODS, rng.randint(3, 8))
-        steps = [f"{rng.choice(VERBS)} the {rng.choice(foods)} with the {rng.choice(foods)} for {rng.randint(2, 40)} minutes."
-                 for _ in range(rng.randint(3, 12))]
-        out.append({"title": f"{foods[0].title()} and {foods[1]} number {i}",
-                    "ingredients": [f"{rng.randint(1, 9)} cups of {food}" for food in foods], "directions": steps})
+        steps = [
+            f"{rng.choice(VERBS)} the {rng.choice(foods)} with the {rng.choice(foods)} "
+            f"for {rng.randint(2, 40)} minutes."
+            for _ in range(rng.randint(3, 12))
+        ]
+        out.append(
+            {
+                "title": f"{foods[0].title()} and {foods[1]} number {i}",
+                "ingredients": [f"{rng.randint(1, 9)} cups of {food}" for food in foods],
+                "directions": steps,
+            }
+        )
     return out
 
 
@@ -40,15 +66,33 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = [" ".join([r["title"], *r["ingredients"], *r["directions"]]) for r in made_recipes(50)]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 64,
-              "intermediate_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "max_position_embeddings": window, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
-              "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1, **changes}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": window,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
     g = torch.Generator().manual_seed(seed)
@@ -56,10 +100,17 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
     shapes = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
     for i in range(layers):
         at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        shapes |= {at + "q_proj.weight": (64, C), at + "k_proj.weight": (32, C), at + "v_proj.weight": (32, C),
-                   at + "o_proj.weight": (C, 64), mlp + "gate_proj.weight": (F, C), mlp + "up_proj.weight": (F, C),
-                   mlp + "down_proj.weight": (C, F), f"model.layers.{i}.input_layernorm.weight": (C,),
-                   f"model.layers.{i}.post_attention_layernorm.weight": (C,)}
+        shapes |= {
+            at + "q_proj.weight": (64, C),
+            at + "k_proj.weight": (32, C),
+            at + "v_proj.weight": (32, C),
+            at + "o_proj.weight": (C, 64),
+            mlp + "gate_proj.weight": (F, C),
+            mlp + "up_proj.weight": (F, C),
+            mlp + "down_proj.weight": (C, F),
+            f"model.layers.{i}.input_layernorm.weight": (C,),
+            f"model.layers.{i}.post_attention_layernorm.weight": (C,),
+        }
     weights = {k: torch.ones(s) if len(s) == 1 else torch.randn(s, generator=g) * 0.1 for k, s in shapes.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -78,7 +129,16 @@ def tiny_recipes(tmp_path_factory):
 def program(name, *args, cwd=None, check=True, timeout=300, env=None):
     """Run one of the programs. With check, a failure shows what it said."""
     env = {"OMP_NUM_THREADS": "1", **(env or os.environ)}
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=env, check=False)
-    assert not check or done.returncode == 0, f"{name} {args}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+        check=False,
+    )
+    assert not check or done.returncode == 0, (
+        f"{name} {args}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done

@@ -1,4 +1,5 @@
 """cli.py: flags from dataclasses, mistakes as a sentence and an exit code, progress on stderr."""
+
 import errno
 import io
 import os
@@ -19,19 +20,20 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class Train:
-    lr: float = 2e-4                   # peak learning rate; 100% of it after the warm-up
-    batch_size: int = 8                # recipes in a micro-batch
-    data: list[str] = field(default_factory=list)   # recipe files; "a#b" is one name
+    lr: float = 2e-4  # peak learning rate; 100% of it after the warm-up
+    batch_size: int = 8  # recipes in a micro-batch
+    data: list[str] = field(default_factory=list)  # recipe files; "a#b" is one name
     sizes: list[int] = field(default_factory=lambda: [1, 2])
     batching: Literal["random", "sorted"] = "sorted"  # how batches are cut
-    resume: bool = False               # go on with the run
-    clean: bool = True                 # apply the rules
-    title: str | None = None           # what is asked
+    resume: bool = False  # go on with the run
+    clean: bool = True  # apply the rules
+    title: str | None = None  # what is asked
 
 
 @dataclass
 class Rules:
     """Bounds."""
+
     min_words: int = 25  # fewer: dropped
 
 
@@ -42,58 +44,66 @@ def parse(*argv, **defaults):
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
+
 def test_no_flags_give_the_dataclass_as_it_stands():
-    assert parse() == Train(lr=2e-4, batch_size=8, data=[], sizes=[1, 2], batching="sorted", resume=False, clean=True,
-                            title=None)
+    assert parse() == Train(
+        lr=2e-4, batch_size=8, data=[], sizes=[1, 2], batching="sorted", resume=False, clean=True, title=None
+    )
 
 
-@pytest.mark.parametrize(("argv", "name", "value"), [
-    (["--lr", "1e-3"], "lr", 0.001),
-    (["--lr=1"], "lr", 1.0),
-    (["--lr", "-1"], "lr", -1.0),
-    (["--lr=-1e-3"], "lr", -0.001),
-    (["--batch_size", "16"], "batch_size", 16),
-    (["--batch_size", "-3"], "batch_size", -3),
-    (["--data", "a.csv"], "data", ["a.csv"]),
-    (["--data", "a.csv", "b c.json"], "data", ["a.csv", "b c.json"]),
-    (["--sizes", "3", "4", "5"], "sizes", [3, 4, 5]),
-    (["--batching", "random"], "batching", "random"),
-    (["--resume"], "resume", True),
-    (["--no-resume"], "resume", False),
-    (["--no-clean"], "clean", False),
-    (["--clean"], "clean", True),
-    (["--title", "Pumpkin bread"], "title", "Pumpkin bread"),
-    (["--title", "a=b"], "title", "a=b"),
-    (["--title=a=b"], "title", "a=b"),
-    (["--title="], "title", ""),
-    (["--title=--lr"], "title", "--lr"),
-    (["--lr", "1", "--lr", "2"], "lr", 2.0),  # the last one counts
-])
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--lr", "1e-3"], "lr", 0.001),
+        (["--lr=1"], "lr", 1.0),
+        (["--lr", "-1"], "lr", -1.0),
+        (["--lr=-1e-3"], "lr", -0.001),
+        (["--batch_size", "16"], "batch_size", 16),
+        (["--batch_size", "-3"], "batch_size", -3),
+        (["--data", "a.csv"], "data", ["a.csv"]),
+        (["--data", "a.csv", "b c.json"], "data", ["a.csv", "b c.json"]),
+        (["--sizes", "3", "4", "5"], "sizes", [3, 4, 5]),
+        (["--batching", "random"], "batching", "random"),
+        (["--resume"], "resume", True),
+        (["--no-resume"], "resume", False),
+        (["--no-clean"], "clean", False),
+        (["--clean"], "clean", True),
+        (["--title", "Pumpkin bread"], "title", "Pumpkin bread"),
+        (["--title", "a=b"], "title", "a=b"),
+        (["--title=a=b"], "title", "a=b"),
+        (["--title="], "title", ""),
+        (["--title=--lr"], "title", "--lr"),
+        (["--lr", "1", "--lr", "2"], "lr", 2.0),  # the last one counts
+    ],
+)
 def test_one_flag_changes_one_field(argv, name, value):
     got, expected = vars(parse(*argv)), vars(Train())
     assert got == {**expected, name: value}
     assert type(got[name]) is type(value)
 
 
-@pytest.mark.parametrize(("argv", "named"), [
-    (["--batch_sice", "8"], "--batch_sice"),
-    (["--batch", "8"], "--batch"),  # shortened
-    (["--res"], "--res"),
-    (["--batch-size", "8"], "--batch-size"),
-    (["--no_clean"], "--no_clean"),
-    (["leftover"], "leftover"),
-    (["--batch_size", "8.5"], "--batch_size"),
-    (["--batch_size", "many"], "--batch_size"),
-    (["--batch_size"], "--batch_size"),
-    (["--lr", "fast"], "--lr"),
-    (["--lr", "--resume"], "--lr"),
-    (["--data"], "--data"),
-    (["--sizes", "1", "x"], "--sizes"),
-    (["--batching", "packedd"], "--batching"),
-    (["--clean=yes"], "--clean"),
-    (["--clean", "yes"], "yes"),
-    (["--resume", "out"], "out"),
-])
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--batch_sice", "8"], "--batch_sice"),
+        (["--batch", "8"], "--batch"),  # shortened
+        (["--res"], "--res"),
+        (["--batch-size", "8"], "--batch-size"),
+        (["--no_clean"], "--no_clean"),
+        (["leftover"], "leftover"),
+        (["--batch_size", "8.5"], "--batch_size"),
+        (["--batch_size", "many"], "--batch_size"),
+        (["--batch_size"], "--batch_size"),
+        (["--lr", "fast"], "--lr"),
+        (["--lr", "--resume"], "--lr"),
+        (["--data"], "--data"),
+        (["--sizes", "1", "x"], "--sizes"),
+        (["--batching", "packedd"], "--batching"),
+        (["--clean=yes"], "--clean"),
+        (["--clean", "yes"], "yes"),
+        (["--resume", "out"], "out"),
+    ],
+)
 def test_a_wrong_flag_is_one_sentence_that_names_it(argv, named):
     with pytest.raises(UserError) as e:
         parse(*argv)
@@ -129,26 +139,35 @@ def test_help_is_the_comments(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0
     assert "Trains: 100% of it. python x.py # line by line" in out
-    for text in ("--lr FLOAT peak learning rate; 100% of it after the warm-up", "--min_words INT fewer: dropped",
-                 "--clean, --no-clean apply the rules", '--data DATA [DATA ...] recipe files; "a#b" is one name',
-                 "--batching {random,sorted} how batches are cut", "--title STR what is asked"):
+    for text in (
+        "--lr FLOAT peak learning rate; 100% of it after the warm-up",
+        "--min_words INT fewer: dropped",
+        "--clean, --no-clean apply the rules",
+        '--data DATA [DATA ...] recipe files; "a#b" is one name',
+        "--batching {random,sorted} how batches are cut",
+        "--title STR what is asked",
+    ):
         assert text in out
 
 
 # ---- bounds ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("lr", [0, 0.5, 1])
 def test_bounds_are_inclusive(lr):
     cli.bound(Train(lr=lr), lr=(0, 1), batch_size=(8, float("inf")))
 
 
-@pytest.mark.parametrize(("lr", "low", "high", "sentence"), [
-    (-0.1, 0, 1, "--lr -0.1 is out of range: it must be at least 0 and at most 1."),
-    (1.5, 0, 1, "--lr 1.5 is out of range: it must be at least 0 and at most 1."),
-    (float("nan"), 0, 1, "--lr nan is out of range: it must be at least 0 and at most 1."),
-    (1, 2, float("inf"), "--lr 1 is out of range: it must be at least 2."),
-    (float("nan"), 0, float("inf"), "--lr nan is out of range: it must be at least 0."),
-])
+@pytest.mark.parametrize(
+    ("lr", "low", "high", "sentence"),
+    [
+        (-0.1, 0, 1, "--lr -0.1 is out of range: it must be at least 0 and at most 1."),
+        (1.5, 0, 1, "--lr 1.5 is out of range: it must be at least 0 and at most 1."),
+        (float("nan"), 0, 1, "--lr nan is out of range: it must be at least 0 and at most 1."),
+        (1, 2, float("inf"), "--lr 1 is out of range: it must be at least 2."),
+        (float("nan"), 0, float("inf"), "--lr nan is out of range: it must be at least 0."),
+    ],
+)
 def test_out_of_bounds(lr, low, high, sentence):
     with pytest.raises(UserError) as e:
         cli.bound(Train(lr=lr), batch_size=(1, 8), lr=(low, high))
@@ -156,6 +175,7 @@ def test_out_of_bounds(lr, low, high, sentence):
 
 
 # ---- run: exit codes and sentences ----------------------------------------------------------------------------------
+
 
 def ended(capsys, main):
     """(exit code, stdout, stderr) of run(main)"""
@@ -167,6 +187,7 @@ def ended(capsys, main):
 def raising(error):
     def main():
         raise error
+
     return main
 
 
@@ -178,10 +199,13 @@ def test_what_main_returns_is_the_exit_code(capsys):
     assert ended(capsys, lambda: 143) == (143, "", "")
 
 
-@pytest.mark.parametrize(("error", "code", "line"), [
-    (UserError("--lr is too large."), 2, "error: --lr is too large.\n"),
-    (KeyboardInterrupt(), 130, "stopped.\n"),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("--lr is too large."), 2, "error: --lr is too large.\n"),
+        (KeyboardInterrupt(), 130, "stopped.\n"),
+    ],
+)
 def test_a_mistake_and_ctrl_c_are_one_line_on_stderr(capsys, error, code, line):
     assert ended(capsys, raising(error)) == (code, "", line)
 
@@ -203,8 +227,16 @@ def test_an_error_of_ours_is_not_hidden(error):
 def python(code, stdout=subprocess.PIPE):
     """A program of one line in a process of its own, with stdout buffered as in a user's shell."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    done = subprocess.run([sys.executable, "-c", f"import cli\n{code}"], cwd=ROOT, env=env, text=True, timeout=60,
-                          stdout=stdout, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import cli\n{code}"],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        timeout=60,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -240,6 +272,7 @@ def test_results_that_find_no_space_are_an_error(letters):
 
 
 # ---- receipts and progress ------------------------------------------------------------------------------------------
+
 
 def test_a_receipt_is_one_line_on_stderr(capsys):
     cli.say("read", "3 recipes")

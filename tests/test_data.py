@@ -1,4 +1,5 @@
 """data.py: which tokens are targets, which batch a recipe is in, what is made once, what is held out."""
+
 import errno
 import itertools
 import json
@@ -87,12 +88,17 @@ def targets(heap, text, row, mask):
 
 # ---- which tokens are targets ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("bos", "mask", "expected"), [
-    (False, False, "ea" + TEA_COMPLETION + "</s>"),  # nothing predicts the first token
-    (True, False, "Tea" + TEA_COMPLETION + "</s>"),
-    (False, True, TEA_COMPLETION + "</s>"),
-    (True, True, TEA_COMPLETION + "</s>"),
-], ids=["plain", "bos", "mask", "bos and mask"])
+
+@pytest.mark.parametrize(
+    ("bos", "mask", "expected"),
+    [
+        (False, False, "ea" + TEA_COMPLETION + "</s>"),  # nothing predicts the first token
+        (True, False, "Tea" + TEA_COMPLETION + "</s>"),
+        (False, True, TEA_COMPLETION + "</s>"),
+        (True, True, TEA_COMPLETION + "</s>"),
+    ],
+    ids=["plain", "bos", "mask", "bos and mask"],
+)
 def test_targets_of_a_recipe(tmp_path, byte_models, bos, mask, expected):
     heap, text = tokens(tmp_path, [TEA], byte_models[bos])
     batch, plain = data.collate(heap, [0], mask, text.bos), Plain(byte_models[bos])
@@ -104,17 +110,20 @@ def test_targets_of_a_recipe(tmp_path, byte_models, bos, mask, expected):
     assert batch.where.tolist() == list(range(first - 1, length - 1))
 
 
-@pytest.mark.parametrize(("row", "mask", "bos", "expected"), [
-    ({"text": "Boil it."}, False, False, "oil it.</s>"),
-    ({"text": "Boil it."}, True, False, "oil it.</s>"),  # no prompt: nothing to mask
-    ({"text": "Boil it."}, False, True, "Boil it.</s>"),
-    ({"text": "Boil it."}, True, True, "Boil it.</s>"),
-    ({"prompt": "Hi.", "completion": " Ho."}, False, False, "i. Ho.</s>"),
-    ({"prompt": "Hi.", "completion": " Ho."}, False, True, "Hi. Ho.</s>"),
-    ({"prompt": "Hi.", "completion": " Ho."}, True, False, " Ho.</s>"),
-    ({"prompt": "Hi.", "completion": " Ho."}, True, True, " Ho.</s>"),
-    ({"prompt": "Hi.", "completion": ""}, True, True, "</s>"),
-])
+@pytest.mark.parametrize(
+    ("row", "mask", "bos", "expected"),
+    [
+        ({"text": "Boil it."}, False, False, "oil it.</s>"),
+        ({"text": "Boil it."}, True, False, "oil it.</s>"),  # no prompt: nothing to mask
+        ({"text": "Boil it."}, False, True, "Boil it.</s>"),
+        ({"text": "Boil it."}, True, True, "Boil it.</s>"),
+        ({"prompt": "Hi.", "completion": " Ho."}, False, False, "i. Ho.</s>"),
+        ({"prompt": "Hi.", "completion": " Ho."}, False, True, "Hi. Ho.</s>"),
+        ({"prompt": "Hi.", "completion": " Ho."}, True, False, " Ho.</s>"),
+        ({"prompt": "Hi.", "completion": " Ho."}, True, True, " Ho.</s>"),
+        ({"prompt": "Hi.", "completion": ""}, True, True, "</s>"),
+    ],
+)
 def test_targets_of_other_texts(tmp_path, byte_models, row, mask, bos, expected):
     heap, text = tokens(tmp_path, [row], byte_models[bos])
     assert Plain(byte_models[bos]).spell(targets(heap, text, 0, mask)) == expected
@@ -166,12 +175,18 @@ def test_a_prompt_for_sampling_is_what_training_saw(tmp_path, bos_model):
     heap, text = tokens(tmp_path, rows, bos_model)
     for i, row in enumerate(rows):
         prompt = text.prompt(row["title"])
-        assert heap.ids(i).tolist()[:len(prompt)] == prompt
+        assert heap.ids(i).tolist()[: len(prompt)] == prompt
         assert prompt == [BOS, *Plain(bos_model).ids(row["title"])]
 
 
-@pytest.mark.parametrize("row", [{"text": "</s> <s>x</s>"}, {"prompt": "<s></s>", "completion": "a</s>"},
-                                 {**TEA, "title": "Tea</s>", "directions": ["<s>Boil.</s>", "</s>"]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "</s> <s>x</s>"},
+        {"prompt": "<s></s>", "completion": "a</s>"},
+        {**TEA, "title": "Tea</s>", "directions": ["<s>Boil.</s>", "</s>"]},
+    ],
+)
 def test_text_that_looks_like_a_special_token_stays_text(tmp_path, bos_model, row):
     heap, _ = tokens(tmp_path, [row], bos_model)
     inner = heap.ids(0).tolist()[1:-1]
@@ -195,6 +210,7 @@ def test_a_model_without_an_end_token_is_refused(tmp_path):
 
 # ---- collate --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("bos", [False, True])
 def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask):
@@ -203,7 +219,7 @@ def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask)
     heap, text = tokens(tmp_path, rows, model)
     plain, rng = Plain(model), np.random.default_rng(3)
     for _ in range(20):
-        which = rng.permutation(len(rows))[:rng.integers(1, 9)].tolist()
+        which = rng.permutation(len(rows))[: rng.integers(1, 9)].tolist()
         batch = data.collate(heap, which, mask, text.bos)
         B, T = batch.ids.shape
         pairs, padded, real = [], 0, 0  # (row of the batch, position, next token)
@@ -232,6 +248,7 @@ def test_a_batch_without_any_target_is_an_error_that_names_its_recipes(tmp_path,
 
 
 # ---- the plan of an epoch -------------------------------------------------------------------------------------------
+
 
 def made_lengths(n, seed):
     """Like recipes: log-normal, from 20 to 512 tokens."""
@@ -268,8 +285,9 @@ def test_batches_and_steps_have_the_size_asked_for():
         assert min(sizes) > 0
         assert sorted(len(step) for step in steps)[1:] == [accum] * (len(steps) - 1)
         if not cfg.batch_tokens:
-            assert sorted(sizes, reverse=True)[:-1] == [cfg.batch_size] * (len(lengths) // cfg.batch_size - (
-                len(lengths) % cfg.batch_size == 0))
+            assert sorted(sizes, reverse=True)[:-1] == [cfg.batch_size] * (
+                len(lengths) // cfg.batch_size - (len(lengths) % cfg.batch_size == 0)
+            )
 
 
 def test_the_plan_is_a_pure_function():
@@ -332,7 +350,7 @@ def test_batch_tokens_is_used_up():
 def test_batch_tokens_below_the_longest_recipe_is_refused(tmp_path, byte_models, flag):
     short, long = (write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{i:0{n}}"} for i in range(4)]) for n in (99, 119))
     files = {"data": [str(short)], "val_data": [str(short)], flag: [str(long)]}
-    with pytest.raises(UserError, match=r"--batch_tokens 119 .*120 tokens"):
+    with pytest.raises(UserError, match=r"--batch_tokens 119.*120 tokens"):
         data.prepare(config(tmp_path, long, **files, batch_tokens=119), Rules(), byte_models[False])
     if flag == "data":
         data.prepare(config(tmp_path, long, val_recipes=1, batch_tokens=120), Rules(), byte_models[False])
@@ -374,6 +392,7 @@ def test_padding_of_four_recipes_by_hand():
 
 
 # ---- tokens are made once -------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def reads(monkeypatch):
@@ -470,8 +489,12 @@ def test_two_preparations_at_once_both_end_well(tmp_path, tiny_model, monkeypatc
 
 
 def test_no_text_is_lost(tmp_path, bos_model):
-    rows = [*made_recipes(50), {"text": "½ cup crème fraîche\n\n\tat 180 °C 🥧 "}, {"text": "\u00a0\u2028x\u0000y"},
-            {"prompt": " a ", "completion": "  b\n"}]
+    rows = [
+        *made_recipes(50),
+        {"text": "½ cup crème fraîche\n\n\tat 180 °C 🥧 "},
+        {"text": "\u00a0\u2028x\u0000y"},
+        {"prompt": " a ", "completion": "  b\n"},
+    ]
     heap, text = tokens(tmp_path, rows, bos_model)
     assert [text.decode(heap.ids(i)) for i in range(len(rows))] == ["".join(rendered(row)) for row in rows]
 
@@ -484,6 +507,7 @@ def test_more_recipes_than_one_chunk(tmp_path, byte_models):
 
 
 # ---- max_len: dropped and counted, never cut ------------------------------------------------------------------------
+
 
 def test_a_longer_recipe_is_dropped_and_counted_never_cut(tmp_path, byte_models):
     """One token a byte and the end token: texts of 10, 19, 20 and 29 letters have 11, 20, 21 and 30 tokens."""
@@ -501,11 +525,14 @@ def test_no_more_than_three_examples_of_long_recipes(tmp_path, tiny_model):
     assert heap.account["dropped"]["max_len"] == 5 and len(heap.account["examples"]["max_len"]) == 3
 
 
-@pytest.mark.parametrize(("flags", "rules", "message"), [
-    ({"max_len": 2}, Rules(), "of 12 read: max_len took 11"),
-    ({"max_len": 1024}, Rules(min_words=500), "of 12 read: too_short took 12"),
-    ({"max_len": 1024}, Rules(min_words=0, min_steps=100), "of 12 read: few_steps took 12"),
-])
+@pytest.mark.parametrize(
+    ("flags", "rules", "message"),
+    [
+        ({"max_len": 2}, Rules(), "of 12 read: max_len took 11"),
+        ({"max_len": 1024}, Rules(min_words=500), "of 12 read: too_short took 12"),
+        ({"max_len": 1024}, Rules(min_words=0, min_steps=100), "of 12 read: few_steps took 12"),
+    ],
+)
 def test_nothing_left_names_the_rule_that_took_most(tmp_path, tiny_model, flags, rules, message):
     cfg = config(tmp_path, [*made_recipes(11), {**TEA, "directions": []}], clean=True, **flags)
     with pytest.raises(UserError, match=message):
@@ -527,9 +554,18 @@ def test_max_len_beyond_the_window_is_refused(tmp_path):
     data.prepare(config(tmp_path, made_recipes(9), max_len=256), OPEN, model)
 
 
-@pytest.mark.parametrize(("flag", "value"), [
-    ("val_recipes", 0), ("max_len", 1), ("batch_size", 0), ("batch_tokens", -1), ("seed", -1), ("allow_bad", 1.5),
-    ("allow_bad", float("nan"))])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("val_recipes", 0),
+        ("max_len", 1),
+        ("batch_size", 0),
+        ("batch_tokens", -1),
+        ("seed", -1),
+        ("allow_bad", 1.5),
+        ("allow_bad", float("nan")),
+    ],
+)
 def test_flags_out_of_range_are_refused_by_name(flag, value):
     with pytest.raises(UserError, match=f"--{flag} "):
         data.check(Data(**{flag: value}))
@@ -544,6 +580,7 @@ def test_a_file_that_is_not_there_is_named_with_its_flag(tmp_path, tiny_model, t
 
 
 # ---- what is held out -----------------------------------------------------------------------------------------------
+
 
 def retitled(rows, n):
     """The same recipes under another title are duplicates."""
@@ -594,11 +631,15 @@ def test_nothing_to_train_on_beside_the_validation_file(tmp_path, tiny_model):
 
 # ---- the account, and the program -----------------------------------------------------------------------------------
 
+
 def messy(path):
     """60 recipes, 3 duplicates, 2 stubs, 4 that are too long for 400 tokens, 3 rows that are none: 72 rows."""
     rows = [r for r in made_recipes(150, seed=3) if len(r["directions"]) < 9][:60]
-    long = [{**r, "directions": [f"{s} {s}" for s in r["directions"] * 2]} for r in made_recipes(150, seed=5)
-            if len(r["directions"]) == 12][:4]
+    long = [
+        {**r, "directions": [f"{s} {s}" for s in r["directions"] * 2]}
+        for r in made_recipes(150, seed=5)
+        if len(r["directions"]) == 12
+    ][:4]
     stubs = [{**r, "ingredients": r["ingredients"][:1]} for r in made_recipes(2, seed=8)]
     write_jsonl(path, [*rows, *retitled(rows[:3], 2), *stubs, *long])
     with open(path, "a", encoding="utf-8") as file:
@@ -606,14 +647,29 @@ def messy(path):
     return rows
 
 
-JSON_KEYS = {"read", "bad", "repaired", "kept", "dropped", "examples", "bad_examples", "held_out", "tokens", "lengths",
-             "padding", "batch_size", "batch_tokens"}
+JSON_KEYS = {
+    "read",
+    "bad",
+    "repaired",
+    "kept",
+    "dropped",
+    "examples",
+    "bad_examples",
+    "held_out",
+    "tokens",
+    "lengths",
+    "padding",
+    "batch_size",
+    "batch_tokens",
+}
 MESSY_FLAGS = ["--data", "messy.jsonl", "--max_len", 400, "--allow_bad", 0.1, "--val_recipes", 7]
 
 
 def test_json_is_one_line_and_all_there_is_on_stdout(tmp_path, tiny_model):
     kept = messy(tmp_path / "messy.jsonl")
-    done = program("data.py", "--model", tiny_model, "--cache", tmp_path / "cache", *MESSY_FLAGS, "--json", cwd=tmp_path)
+    done = program(
+        "data.py", "--model", tiny_model, "--cache", tmp_path / "cache", *MESSY_FLAGS, "--json", cwd=tmp_path
+    )
     assert done.stdout.endswith("\n") and done.stdout.count("\n") == 1
     a = json.loads(done.stdout)
     assert a.keys() == JSON_KEYS
@@ -629,12 +685,14 @@ def test_json_is_one_line_and_all_there_is_on_stdout(tmp_path, tiny_model):
 @pytest.fixture
 def data_py(tmp_path, tiny_model, monkeypatch, capsys):
     """python data.py with these flags, in this process: (stdout, stderr)"""
+
     def call(*args, model=tiny_model):
         monkeypatch.setattr(data.convert, "resolve", lambda name, cache: Path(name))
         flags = ["--model", model, "--cache", tmp_path / "cache", *args]
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])
         data.main()
         return capsys.readouterr()
+
     return call
 
 
@@ -681,14 +739,17 @@ def test_a_negative_show_is_refused(data_py, tiny_recipes):
 
 # ---- feed -----------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def fed(tmp_path, tiny_model):
     """(heap, feed): a feed of the heap's batches on the CPU, and afterwards no thread that was not there before."""
     before = set(threading.enumerate())
     heap, text = tokens(tmp_path, made_recipes(30), tiny_model)
+
     def one_by_one(batches, **more):
         steps = data.feed(heap, ([rows] for rows in batches), torch.device("cpu"), False, text.bos, **more)
         yield from itertools.chain.from_iterable(steps)
+
     yield heap, one_by_one
     assert set(threading.enumerate()) <= before
 
@@ -724,15 +785,18 @@ def test_feed_works_ahead_but_not_without_end(fed):
     batches.close()
 
 
-@pytest.mark.parametrize(("third", "error"), [(lambda: [999], IndexError), (lambda: 1 // 0, ZeroDivisionError)],
-                         ids=["in collate", "in the plan"])
+@pytest.mark.parametrize(
+    ("third", "error"),
+    [(lambda: [999], IndexError), (lambda: 1 // 0, ZeroDivisionError)],
+    ids=["in collate", "in the plan"],
+)
 def test_an_error_in_the_worker_reaches_the_consumer(fed, third, error):
     _, feed = fed
     got = []
     with pytest.raises(error):
         for batch in feed([i] if i < 2 else third() for i in range(9)):
             got.append(int(batch.rows[0]))
-    assert got == [0, 1][:len(got)]  # working ahead, it may fail before the batches that went well are used
+    assert got == [0, 1][: len(got)]  # working ahead, it may fail before the batches that went well are used
 
 
 def test_closing_early_ends_the_thread(fed):

@@ -1,4 +1,5 @@
 """lora.py and the plain frozen layer of quant.py: the arithmetic of peft, the files of peft, and loud refusals."""
+
 import json
 import math
 from functools import partial
@@ -21,8 +22,17 @@ from cli import UserError
 logging.disable_progress_bar()
 V = 96
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BASE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1}
+BASE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 def save_base(folder, **changes):
@@ -57,7 +67,9 @@ def reference(folder):
 def by_peft(folder, names=NAMES, r=4, alpha=8, **more):
     """The base with an adapter of peft whose B are not zero."""
     torch.manual_seed(2)
-    ref = get_peft_model(reference(folder), LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=names, **more))
+    ref = get_peft_model(
+        reference(folder), LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=names, **more)
+    )
     with torch.no_grad():
         for name, p in ref.named_parameters():
             if "lora_B" in name:
@@ -163,14 +175,16 @@ SIZES = [12, 6, 6]  # q, k, v: grouped-query attention makes k and v narrower
 
 
 def group(adapted, bias=False, dropout=0.0, r=3, dtype=torch.float32):
-    """Layers of SIZES on an input of 8, those in `adapted` with an A and a B, and the same as plain tensors in float64."""
+    """Layers of SIZES on an input of 8, those in `adapted` with an A and a B, and the same as tensors in float64."""
     g, layers, exact = torch.Generator().manual_seed(0), [], []
     for i, out in enumerate(SIZES):
         layer = quant.plain("", torch.randn(out, 8, generator=g).to(dtype))
         layer.bias = torch.nn.Parameter(torch.randn(out, generator=g).to(dtype), requires_grad=False) if bias else None
         A = B = None
         if i in adapted:
-            layer = lora.LoRA(layer, r + i, 0.5 + i, dropout, g)  # ranks and scales differ, so that none is mistaken for another
+            layer = lora.LoRA(
+                layer, r + i, 0.5 + i, dropout, g
+            )  # ranks and scales differ, so that none is mistaken for another
             layer.B.data = torch.randn(layer.B.shape, generator=g)
             layer.to(dtype)
             A, B = (p.detach().double().requires_grad_() for p in (layer.A, layer.B))
@@ -262,7 +276,9 @@ def test_dropout_with_a_known_mask_equals_arithmetic_by_hand(monkeypatch, adapte
     """Only the adapters' input is dropped: the frozen layers see all of x, and x's gradient has both parts."""
     mask = torch.bernoulli(torch.full((2, 7, 8), 0.6), generator=torch.Generator().manual_seed(1)) / 0.6
     asked = []
-    monkeypatch.setattr(lora.F, "dropout", lambda x, p=0.5, *_, **__: asked.append(p) or x * mask.view(x.shape).to(x.dtype))
+    monkeypatch.setattr(
+        lora.F, "dropout", lambda x, p=0.5, *_, **__: asked.append(p) or x * mask.view(x.shape).to(x.dtype)
+    )
     assert_group_is_right(*group(adapted, dropout=0.4), mask=mask.double())
     assert asked == [0.4]
 
@@ -281,8 +297,14 @@ def test_dropout_is_unbiased():
 
 # --- against peft ---
 
-CASES = {"all": {}, "q and v": {"names": ["q_proj", "v_proj"]}, "k, o, up and down": {"names": ["k_proj", "o_proj", "up_proj", "down_proj"]},
-         "rslora": {"rslora": True, "r": 9, "alpha": 6}, "alpha not r": {"r": 3, "alpha": 7}, "alpha is r": {"r": 4, "alpha": 4}}
+CASES = {
+    "all": {},
+    "q and v": {"names": ["q_proj", "v_proj"]},
+    "k, o, up and down": {"names": ["k_proj", "o_proj", "up_proj", "down_proj"]},
+    "rslora": {"rslora": True, "r": 9, "alpha": 6},
+    "alpha not r": {"r": 3, "alpha": 7},
+    "alpha is r": {"r": 4, "alpha": 4},
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -380,7 +402,9 @@ def test_bf16_base_has_fp32_adapters_whose_gradients_are_those_of_the_fp32_model
     assert half(tokens()).dtype == torch.bfloat16
     got, wanted = gradients(half, tokens()), gradients(full, tokens())
     assert {grad.dtype for grad in got.values()} == {torch.float32}
-    assert {key: d for key in got if not (d := ((got[key] - wanted[key]).norm() / wanted[key].norm()).item()) < 0.05} == {}
+    assert {
+        key: d for key in got if not (d := ((got[key] - wanted[key]).norm() / wanted[key].norm()).item()) < 0.05
+    } == {}
 
 
 def test_small_steps_are_not_lost_in_a_bf16_model(base):
@@ -459,8 +483,16 @@ def test_an_adapter_of_peft_loads_and_gives_the_same_outputs(base, tmp_path, cas
     assert distance(logits(loaded, tokens()), logits(ref, tokens())) < 1e-5
 
 
-@pytest.mark.parametrize("more", [{"names": "all-linear"}, {"names": ["self_attn.q_proj", "up_proj"]},
-                                  {"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"names": "all-linear"},
+        {"names": ["self_attn.q_proj", "up_proj"]},
+        {"init_lora_weights": "gaussian"},
+        {"lora_dropout": 0.1},
+    ],
+    ids=str,
+)
 def test_other_ways_to_ask_peft_for_the_same_arithmetic_load_too(base, tmp_path, more):
     """peft writes all-linear as a list, of names or of whole paths, and takes any ending of a path for a name."""
     ref = by_peft(base, **more).eval()
@@ -485,7 +517,11 @@ def test_peft_reads_our_configuration_as_its_own(base, tmp_path):
     lora.adapt(model, 5, 11, 0.25, "q_proj,v_proj", True)
     save_ours(model, tmp_path, base, 5, 11, 0.25, ["q_proj", "v_proj"], True)
     config = peft.PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(config, LoraConfig) and config.task_type == "CAUSAL_LM" and config.base_model_name_or_path == str(base)
+    assert (
+        isinstance(config, LoraConfig)
+        and config.task_type == "CAUSAL_LM"
+        and config.base_model_name_or_path == str(base)
+    )
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (5, 11, 0.25, True)
     assert set(config.target_modules) == {"q_proj", "v_proj"}
 
@@ -556,17 +592,40 @@ def refused(base, folder, *words):
 KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"  # [16, 4]
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop(KEY), [KEY]),
-    (lambda t: [t.pop(key) for key in list(t)], ["lacks"]),
-    (lambda t: t.update({KEY.replace("v_proj", "k_proj"): t[KEY].clone()}), [KEY.replace("v_proj", "k_proj")]),
-    (lambda t: t.update({KEY.replace("layers.1", "layers.2"): t[KEY].clone()}), [KEY.replace("layers.1", "layers.2")]),
-    (lambda t: t.update({KEY.replace("lora_B", "lora_magnitude_vector"): torch.ones(16)}), ["lora_magnitude_vector"]),
-    (lambda t: t.update({KEY: torch.ones(16, 5)}), [KEY, "[16, 5]", "[16, 4]"]),
-    (lambda t: t.update({KEY: torch.ones(16, 1)}), [KEY, "[16, 1]", "[16, 4]"]),
-    (lambda t: t.update({KEY: torch.ones(4, 16)}), [KEY, "[4, 16]"]),
-    (lambda t: t.update({key.removeprefix("base_model.model."): t.pop(key) for key in list(t)}), ["model.layers.0.self_attn"]),
-], ids=["lacks one", "lacks all", "extra layer kind", "extra block", "dora vector", "shape", "broadcastable", "transposed", "other prefix"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop(KEY), [KEY]),
+        (lambda t: [t.pop(key) for key in list(t)], ["lacks"]),
+        (lambda t: t.update({KEY.replace("v_proj", "k_proj"): t[KEY].clone()}), [KEY.replace("v_proj", "k_proj")]),
+        (
+            lambda t: t.update({KEY.replace("layers.1", "layers.2"): t[KEY].clone()}),
+            [KEY.replace("layers.1", "layers.2")],
+        ),
+        (
+            lambda t: t.update({KEY.replace("lora_B", "lora_magnitude_vector"): torch.ones(16)}),
+            ["lora_magnitude_vector"],
+        ),
+        (lambda t: t.update({KEY: torch.ones(16, 5)}), [KEY, "[16, 5]", "[16, 4]"]),
+        (lambda t: t.update({KEY: torch.ones(16, 1)}), [KEY, "[16, 1]", "[16, 4]"]),
+        (lambda t: t.update({KEY: torch.ones(4, 16)}), [KEY, "[4, 16]"]),
+        (
+            lambda t: t.update({key.removeprefix("base_model.model."): t.pop(key) for key in list(t)}),
+            ["model.layers.0.self_attn"],
+        ),
+    ],
+    ids=[
+        "lacks one",
+        "lacks all",
+        "extra layer kind",
+        "extra block",
+        "dora vector",
+        "shape",
+        "broadcastable",
+        "transposed",
+        "other prefix",
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(base, saved, change, words):
     edit_tensors(saved, change)
     refused(base, saved, *words)
@@ -583,25 +642,48 @@ def test_a_missing_file_is_named(base, saved, file):
     refused(base, saved, file)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: b"", lambda data: b"no"],
-                         ids=["half", "last byte", "empty", "text"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: data[:-1], lambda data: b"", lambda data: b"no"],
+    ids=["half", "last byte", "empty", "text"],
+)
 def test_a_damaged_tensor_file_is_named(base, saved, damage):
     path = saved / "adapter_model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     refused(base, saved, "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"{}", b"[]", b"\xff\xfe{}"], ids=["empty", "broken", "no keys", "a list", "no utf-8"])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"{}", b"[]", b"\xff\xfe{}"], ids=["empty", "broken", "no keys", "a list", "no utf-8"]
+)
 def test_a_broken_configuration_is_named(base, saved, data):
     (saved / "adapter_config.json").write_bytes(data)
     refused(base, saved, "adapter_config.json")
 
 
-@pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 8}),
-    ("alpha_pattern", {"q_proj": 8}), ("layers_to_transform", [0]), ("lora_bias", True), ("fan_in_fan_out", True),
-    ("peft_type", "LOHA"), ("target_modules", ".*_proj"), ("target_modules", None), ("r", 0), ("r", None), ("lora_alpha", "many"),
-    ("alora_invocation_tokens", [1, 2]), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}),
+        ("layers_to_transform", [0]),
+        ("lora_bias", True),
+        ("fan_in_fan_out", True),
+        ("peft_type", "LOHA"),
+        ("target_modules", ".*_proj"),
+        ("target_modules", None),
+        ("r", 0),
+        ("r", None),
+        ("lora_alpha", "many"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+    ],
+)
 def test_a_variant_that_is_not_computed_is_refused_by_name(base, saved, key, value):
     """pissa and olora begin by changing the base's own weights, alora adapts only what follows certain tokens."""
     edit_config(saved, **{key: value})

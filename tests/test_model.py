@@ -1,4 +1,5 @@
-"""model.py: the same logits as transformers, fast paths equal to slow ones, and a checkpoint that does not fit is refused."""
+"""model.py: the same logits as transformers, fast paths equal to slow ones, a checkpoint that does not fit refused."""
+
 import json
 import re
 import weakref
@@ -18,11 +19,26 @@ from cli import UserError
 
 logging.disable_progress_bar()
 V = 96
-BASE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1}
+BASE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 # heads of 16 numbers: of the 8 pairs some turn often within 32 positions, some seldom, some lie between
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 VARIANTS = {
     "gqa": {},
     "as many key as query heads": {"num_key_value_heads": 4},
@@ -206,8 +222,10 @@ ROWS = [30, 17, 2, 24]  # lengths; right padding fills the rest
 
 def test_naive_and_flash_attention_give_the_same_loss_and_gradients(tiny):
     ids = tokens(4, 30)
-    assert_same(loss_and_gradients(models.load(tiny, flash=True), ids, ROWS),
-                loss_and_gradients(models.load(tiny, flash=False), ids, ROWS))
+    assert_same(
+        loss_and_gradients(models.load(tiny, flash=True), ids, ROWS),
+        loss_and_gradients(models.load(tiny, flash=False), ids, ROWS),
+    )
 
 
 @pytest.mark.parametrize("flash", [True, False])
@@ -243,8 +261,8 @@ def test_a_padded_row_has_the_losses_it_has_alone(tiny, flash):
     with torch.no_grad():
         together = models.logits(model, model(ids))
         for row, n in zip(range(4), ROWS):
-            alone = models.logits(model, model(ids[row:row + 1, :n]))[0]
-            losses = [F.cross_entropy(x[:n - 1], ids[row, 1:n], reduction="none") for x in (together[row], alone)]
+            alone = models.logits(model, model(ids[row : row + 1, :n]))[0]
+            losses = [F.cross_entropy(x[: n - 1], ids[row, 1:n], reduction="none") for x in (together[row], alone)]
             torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
@@ -263,11 +281,11 @@ def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
         got = [[h[i, n - 1]] for i, n in enumerate(lengths)]
         for step in range(more):
             pos = torch.tensor([[n + step] for n in lengths])
-            h = model(torch.stack([row[n + step:n + step + 1] for row, n in zip(rows, lengths)]), pos, caches)
+            h = model(torch.stack([row[n + step : n + step + 1] for row, n in zip(rows, lengths)]), pos, caches)
             for i in range(3):
                 got[i].append(h[i, 0])
         for i, n in enumerate(lengths):
-            wanted = models.logits(model, model(rows[i][None]))[0, n - 1:]
+            wanted = models.logits(model, model(rows[i][None]))[0, n - 1 :]
             assert distance(models.logits(model, torch.stack(got[i])), wanted) < 1e-5
 
 
@@ -338,7 +356,7 @@ def test_padding_and_prompts_do_not_reach_the_loss(fused):
 
 
 def test_fused_loss_works_in_chunks_and_each_chunk_counts():
-    """A million words: 64 positions a chunk, so 140 positions take three chunks of which the last is shorter. All words but the
+    """A million words: 64 positions a chunk, so 140 positions take three chunks, the last shorter. All words but the
     first thousand have a logit so low that the loss and its gradients are those of a thousand words."""
     N, vocab, few = 140, 2**20, 1000
     h, weight, where, targets = head_and_targets(N, 16, vocab)
@@ -348,8 +366,9 @@ def test_fused_loss_works_in_chunks_and_each_chunk_counts():
         loss = models.sum_loss(h, weight, where, targets % few, scale=0.5)
         loss.backward()
     assert largest.numel() <= 2**26 < N * vocab / 2
-    for got, wanted in zip((loss.detach(), h.grad, weight.grad[:few]),
-                           exact_loss(h, weight[:few], where, targets % few, scale=0.5)):
+    for got, wanted in zip(
+        (loss.detach(), h.grad, weight.grad[:few]), exact_loss(h, weight[:few], where, targets % few, scale=0.5)
+    ):
         assert distance(got, wanted) < 1e-5
     assert weight.grad[few:].abs().max() < 1e-20
 
@@ -387,8 +406,9 @@ def test_loss_in_bf16_is_within_a_hundredth_of_float64(fused):
     loss = models.sum_loss(h, weight, where, targets, scale=1 / 200, fused=fused)
     loss.backward()
     assert loss.dtype == torch.float32 and h.grad.dtype == weight.grad.dtype == torch.bfloat16
-    for got, wanted, rtol in zip((loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, 1 / 200),
-                                 (2e-3, 1e-2, 1e-2)):
+    for got, wanted, rtol in zip(
+        (loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, 1 / 200), (2e-3, 1e-2, 1e-2)
+    ):
         assert distance(got, wanted) < rtol
 
 
@@ -430,7 +450,9 @@ def test_biases_survive_the_replacement_of_their_layer(tmp_path, bias_first):
     reference(attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    for kind, file in zip(("weight", "bias"), "ba" if bias_first else "ab"):  # files are read in the order of their names
+    for kind, file in zip(
+        ("weight", "bias"), "ba" if bias_first else "ab"
+    ):  # files are read in the order of their names
         save_shard(tmp_path, f"{file}.safetensors", {k: v for k, v in stored.items() if k.endswith(kind)})
     model = models.load(tmp_path)
     for leaf, parent in zip(PROJECTIONS, 4 * ["self_attn"] + 3 * ["mlp"]):
@@ -467,17 +489,40 @@ def refused(folder, *words):
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop(UP), [UP]),
-    (lambda t: t.pop("lm_head.weight"), ["lm_head.weight"]),
-    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[UP].clone()}), ["model.layers.2.mlp.up_proj.weight"]),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}), ["model.layers.0.self_attn.q_proj.bias"]),
-    (lambda t: t.update({"classifier": torch.ones(2)}), ["classifier"]),
-    (lambda t: t.update({UP: t[UP].t().contiguous()}), [UP, "[32, 48]", "[48, 32]"]),
-    (lambda t: t.update({NORM: torch.ones(33)}), [NORM, "[33]", "[32]"]),
-    (lambda t: t.update({NORM: torch.ones(1)}), [NORM, "[1]"]),
-    (lambda t: t.update({"model.embed_tokens.weight": torch.ones(V + 1, 32)}), ["model.embed_tokens.weight", f"[{V + 1}, 32]"]),
-], ids=["missing", "missing head", "extra layer", "extra bias", "extra", "transposed", "too long", "broadcastable", "vocabulary"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop(UP), [UP]),
+        (lambda t: t.pop("lm_head.weight"), ["lm_head.weight"]),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[UP].clone()}),
+            ["model.layers.2.mlp.up_proj.weight"],
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+            ["model.layers.0.self_attn.q_proj.bias"],
+        ),
+        (lambda t: t.update({"classifier": torch.ones(2)}), ["classifier"]),
+        (lambda t: t.update({UP: t[UP].t().contiguous()}), [UP, "[32, 48]", "[48, 32]"]),
+        (lambda t: t.update({NORM: torch.ones(33)}), [NORM, "[33]", "[32]"]),
+        (lambda t: t.update({NORM: torch.ones(1)}), [NORM, "[1]"]),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": torch.ones(V + 1, 32)}),
+            ["model.embed_tokens.weight", f"[{V + 1}, 32]"],
+        ),
+    ],
+    ids=[
+        "missing",
+        "missing head",
+        "extra layer",
+        "extra bias",
+        "extra",
+        "transposed",
+        "too long",
+        "broadcastable",
+        "vocabulary",
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(spoiled, change, words):
     edit_tensors(spoiled, change)
     refused(spoiled, *words)
@@ -495,10 +540,18 @@ def test_a_tensor_in_two_shards_is_named(spoiled):
     refused(spoiled, NORM)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: data[:20], lambda data: b"",
-    lambda data: b"version https://git-lfs.github.com/spec/v1\n", lambda data: b"\xff" * 8 + data[8:]],
-    ids=["half", "last byte", "header", "empty", "lfs pointer", "length"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[:20],
+        lambda data: b"",
+        lambda data: b"version https://git-lfs.github.com/spec/v1\n",
+        lambda data: b"\xff" * 8 + data[8:],
+    ],
+    ids=["half", "last byte", "header", "empty", "lfs pointer", "length"],
+)
 def test_a_damaged_file_is_named(spoiled, damage):
     path = spoiled / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -524,30 +577,36 @@ def test_a_folder_without_safetensors_is_named(spoiled):
     refused(spoiled, "model.safetensors")
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["yarn"]),
-    ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn"]),
-    ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
-    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor"]),
-    ({"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, ["low_freq_factor"]),
-    ({"sliding_window": 64}, ["sliding_window"]),
-    ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window"]),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
-    ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM"]),
-    ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
-    ({"architectures": None}, ["LlamaForCausalLM"]),
-    ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
-    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
-    ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["4 heads", "3 key"]),
-    ({"hidden_size": None}, ["hidden_size"]),
-    ({"vocab_size": "many"}, ["vocab_size"]),
-], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["yarn"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn"]),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor"]),
+        ({"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, ["low_freq_factor"]),
+        ({"sliding_window": 64}, ["sliding_window"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
+        ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+        ({"architectures": None}, ["LlamaForCausalLM"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, ["4 heads", "3 key"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"vocab_size": "many"}, ["vocab_size"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
 def test_a_config_that_cannot_be_reproduced_is_refused_by_name(spoiled, changes, words):
     edit_config(spoiled, **changes)
     refused(spoiled, "config.json", *words)
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+)
 def test_a_config_that_lacks_a_size_names_it(spoiled, key):
     config = json.loads((spoiled / "config.json").read_text())
     del config[key]
@@ -555,8 +614,11 @@ def test_a_config_that_lacks_a_size_names_it(spoiled, key):
     refused(spoiled, "config.json", key)
 
 
-@pytest.mark.parametrize("data", [None, b"", b"{", b"[]", b"null", b"\xff\xfe{}"],
-                         ids=["absent", "empty", "broken", "a list", "null", "no utf-8"])
+@pytest.mark.parametrize(
+    "data",
+    [None, b"", b"{", b"[]", b"null", b"\xff\xfe{}"],
+    ids=["absent", "empty", "broken", "a list", "null", "no utf-8"],
+)
 def test_a_broken_config_is_named(spoiled, data):
     path = spoiled / "config.json"
     path.unlink()

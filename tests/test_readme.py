@@ -1,4 +1,5 @@
 """The README says what is so: its commands parse, its files and tests exist, its line counts are right."""
+
 import re
 import shlex
 
@@ -13,7 +14,11 @@ import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = ["README.md", *(f.name for f in ROOT.glob("*.py"))]
-CONFIGS = {"train.py": [train.Config, recipes.Rules], "sample.py": [sample.Config], "data.py": [data.Data, recipes.Rules, data.Show]}
+CONFIGS = {
+    "train.py": [train.Config, recipes.Rules],
+    "sample.py": [sample.Config],
+    "data.py": [data.Data, recipes.Rules, data.Show],
+}
 
 
 def commands():

@@ -1,4 +1,5 @@
 """recipes.py: what is read, what is refused, what is repaired, what is dropped, and what is held out."""
+
 import csv
 import gzip
 import hashlib
@@ -15,8 +16,11 @@ from cli import UserError, helps
 from recipes import RULES, Account, Recipe, Rules, clean, held_out, key, read, repair
 
 PUBLIC = Path(__file__).parents[2] / "shared/data/recipes_public.jsonl.gz"
-BREAD = Recipe("Pumpkin Bread", ["3½ cups flour", "2 teaspoons baking soda"],
-               ["Preheat the oven to 180°C (350°F).", "Sift the dry ingredients together."])
+BREAD = Recipe(
+    "Pumpkin Bread",
+    ["3½ cups flour", "2 teaspoons baking soda"],
+    ["Preheat the oven to 180°C (350°F).", "Sift the dry ingredients together."],
+)
 BREAD_PROMPT = "Pumpkin Bread"
 BREAD_COMPLETION = """
 
@@ -64,6 +68,7 @@ def cleaned(recipes, rules=LOOSE):
 
 # ---- the text -------------------------------------------------------------------------------------------------------
 
+
 def test_the_text_of_a_recipe():
     assert BREAD.text() == (BREAD_PROMPT, BREAD_COMPLETION)
 
@@ -74,19 +79,28 @@ def test_the_text_of_what_is_no_recipe():
 
 # ---- formats --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.json", "a.json.gz", "A.CSV.GZ"])
 def test_every_format_gives_the_same_recipe(tmp_path, name):
     kind = name.lower().removesuffix(".gz")
-    content = {"a.jsonl": json.dumps(ROW) + "\n", "a.csv": table(line(0, **ROW)),
-               "a.json": json.dumps([ROW])}[kind].encode()
+    content = {"a.jsonl": json.dumps(ROW) + "\n", "a.csv": table(line(0, **ROW)), "a.json": json.dumps([ROW])}[
+        kind
+    ].encode()
     got, account = heap(put(tmp_path / name, gzip.compress(content) if name.lower().endswith(".gz") else content), 0)
     assert got == [TEA]
     assert (account.read, account.bad) == (1, 0)
 
 
 def test_the_wikibooks_json(tmp_path):
-    page = {"title": "Tea", "category": None, "servings": "2", "time": None, "difficulty": None,
-            "ingredients": ["water", "tea"], "steps": ["Boil.", "Pour."]}
+    page = {
+        "title": "Tea",
+        "category": None,
+        "servings": "2",
+        "time": None,
+        "difficulty": None,
+        "ingredients": ["water", "tea"],
+        "steps": ["Boil.", "Pour."],
+    }
     got, _ = heap(put(tmp_path / "a.json", json.dumps({"Cookbook:Tea": page, "Cookbook:Tea 2": page})))
     assert got == [TEA, TEA]
 
@@ -112,17 +126,26 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     assert account.bad == 0
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", jsonl(ROW)), ("a.json", json.dumps([ROW])),
-    ("a.csv", table(["Tea", '["water", "tea"]', '["Boil.", "Pour."]'], header=("title", "ingredients", "directions")))])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", jsonl(ROW)),
+        ("a.json", json.dumps([ROW])),
+        (
+            "a.csv",
+            table(["Tea", '["water", "tea"]', '["Boil.", "Pour."]'], header=("title", "ingredients", "directions")),
+        ),
+    ],
+)
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name, content):
     assert heap(put(tmp_path / name, b"\xef\xbb\xbf" + content.encode()))[0] == [TEA]
 
 
 def test_csv_with_newlines_quotes_and_a_huge_field(tmp_path):
-    title, step = 'The "best", ever\r\npie', "Say \"oh\",\nthen\u2028bake."
-    content = table(line(0, title, ["a", "b"], [step]), line(1, "Big", ["x" * 5_000_000], ["y"]),
-                    line(2, "Z", ["a"], "y"))
+    title, step = 'The "best", ever\r\npie', 'Say "oh",\nthen\u2028bake.'
+    content = table(
+        line(0, title, ["a", "b"], [step]), line(1, "Big", ["x" * 5_000_000], ["y"]), line(2, "Z", ["a"], "y")
+    )
     got, account = heap(put(tmp_path / "a.csv", content))
     assert got[0] == Recipe(title, ["a", "b"], [step])
     assert len(got[1].ingredients[0]) == 5_000_000
@@ -138,6 +161,7 @@ def test_csv_keeps_the_rows_around_a_stray_quote(tmp_path):
 
 
 # ---- bad rows -------------------------------------------------------------------------------------------------------
+
 
 def changed(**fields):
     return json.dumps(ROW | fields)
@@ -255,9 +279,9 @@ def test_the_share_of_bad_rows_that_is_allowed(tmp_path):
 
 GZ = gzip.compress(jsonl(*[ROW | {"title": str(n)} for n in range(2000)]).encode())
 BAD_FILES = {
-    "gzip cut off": ("a.jsonl.gz", GZ[:len(GZ) // 2], "cut off"),
+    "gzip cut off": ("a.jsonl.gz", GZ[: len(GZ) // 2], "cut off"),
     "gzip without its tail": ("a.jsonl.gz", GZ[:-4], "cut off"),
-    "gzip with bad bytes": ("a.jsonl.gz", GZ[:len(GZ) // 2] + b"\xff\0\xff\0" + GZ[len(GZ) // 2 + 4:], "to its end"),
+    "gzip with bad bytes": ("a.jsonl.gz", GZ[: len(GZ) // 2] + b"\xff\0\xff\0" + GZ[len(GZ) // 2 + 4 :], "to its end"),
     "gzip of no blocks": ("a.jsonl.gz", GZ[:10] + b"\xff" * 99, "to its end"),
     "no gzip": ("a.jsonl.gz", jsonl(ROW), "[Nn]ot a gzipped file"),
     "csv.gz cut off": ("a.csv.gz", gzip.compress(table(line(0, "Tea", ["a"], ["b"])).encode())[:-9], "cut off"),
@@ -293,21 +317,52 @@ def test_no_file_is_a_sentence_before_the_first_row(tmp_path, name, message):
 
 # ---- repairs --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("before, after", [
-    ("&frac12; cup", "½ cup"), ("1 &#8532; cups", "1 ⅔ cups"), ("salt &amp; pepper", "salt & pepper"),
-    ("a&nbsp;b\u00a0 c", "a b c"), ("  a\t b\r\n c ", "a b c"),
-    ("- flour", "flour"), ("* flour", "flour"), ("• flour", "flour"), ("– flour", "flour"), ("*flour", "flour"),
-    ("*#flour", "flour"), ("#Bake it", "Bake it"), ("1. Mix", "Mix"), ("12) Mix", "Mix"), (" 3.\tMix", "Mix"),
-    ("* 1–3 g chili", "1–3 g chili"), ("* Use * here", "Use * here"),
-])
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("&frac12; cup", "½ cup"),
+        ("1 &#8532; cups", "1 ⅔ cups"),
+        ("salt &amp; pepper", "salt & pepper"),
+        ("a&nbsp;b\u00a0 c", "a b c"),
+        ("  a\t b\r\n c ", "a b c"),
+        ("- flour", "flour"),
+        ("* flour", "flour"),
+        ("• flour", "flour"),
+        ("– flour", "flour"),
+        ("*flour", "flour"),
+        ("*#flour", "flour"),
+        ("#Bake it", "Bake it"),
+        ("1. Mix", "Mix"),
+        ("12) Mix", "Mix"),
+        (" 3.\tMix", "Mix"),
+        ("* 1–3 g chili", "1–3 g chili"),
+        ("* Use * here", "Use * here"),
+    ],
+)
 def test_repaired(before, after):
     got = repair(Recipe("T", [before], [before]))
     assert (got.ingredients, got.directions) == ([after], [after])
 
 
-@pytest.mark.parametrize("text", [
-    "1 cup flour", "1.5 cups", "1. 5 cups", "10 eggs", "-5°C is cold", "#10 tin", "*really* good", "**Note** it",
-    "1/2 cup", "½ cup", "A & B", "7-Up", "350. degrees"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 cup flour",
+        "1.5 cups",
+        "1. 5 cups",
+        "10 eggs",
+        "-5°C is cold",
+        "#10 tin",
+        "*really* good",
+        "**Note** it",
+        "1/2 cup",
+        "½ cup",
+        "A & B",
+        "7-Up",
+        "350. degrees",
+    ],
+)
 def test_not_repaired(text):
     recipe = Recipe(text, [text], [text])
     assert repair(recipe) is recipe
@@ -322,6 +377,7 @@ def test_empty_items_go_and_the_title_is_tidied_and_each_repair_is_counted_once(
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
+
 
 def recipe(words=40, ingredients=3, steps=2, title="Tea"):
     """A recipe of so many words, unlike every other one by its last word."""
@@ -365,8 +421,9 @@ def test_a_rule_drops_what_is_beyond_its_bound_and_only_that(rule):
 
 def test_duplicates_by_content_whatever_the_title_case_and_white_space():
     other = Recipe("Pumpkin Bread", BREAD.ingredients, [*BREAD.directions, "Eat."])
-    again = Recipe("Bread", [s.upper() for s in BREAD.ingredients],
-                   [s.replace(" ", "\xa0  ") for s in BREAD.directions])
+    again = Recipe(
+        "Bread", [s.upper() for s in BREAD.ingredients], [s.replace(" ", "\xa0  ") for s in BREAD.directions]
+    )
     got, account = cleaned([BREAD, other, again, BREAD])
     assert got == [BREAD, other]
     assert account.dropped["duplicate"] == 2
@@ -392,9 +449,13 @@ def test_words_are_the_texts_words_and_not_the_formats():
 
 
 def test_a_text_is_asked_only_what_makes_sense_for_it():
-    texts = [Recipe(prompt="", completion="a " * 30), Recipe(prompt="", completion="too\nshort"),
-             Recipe(prompt="p " * 31, completion="c " * 30), Recipe(prompt="", completion="a " * 30),
-             Recipe(prompt="", completion="a  " * 30)]  # other white space is another text
+    texts = [
+        Recipe(prompt="", completion="a " * 30),
+        Recipe(prompt="", completion="too\nshort"),
+        Recipe(prompt="p " * 31, completion="c " * 30),
+        Recipe(prompt="", completion="a " * 30),
+        Recipe(prompt="", completion="a  " * 30),
+    ]  # other white space is another text
     got, account = cleaned(texts, BOUNDS)
     assert got == [texts[0], texts[4]]
     assert account.dropped == dict.fromkeys(RULES, 0) | {"too_short": 1, "too_long": 1, "duplicate": 1}
@@ -426,6 +487,7 @@ def test_cleaning_streams():
         while True:
             n += 1
             yield Recipe("T", ["a", "b"], ["c", str(n)])
+
     rows = clean(endless(), LOOSE, Account())
     assert [next(rows).directions[1] for _ in range(3)] == ["1", "2", "3"]
 
@@ -435,6 +497,7 @@ def test_every_bound_has_a_help_text():
 
 
 # ---- keys and holding out -------------------------------------------------------------------------------------------
+
 
 def test_a_key_is_64_bits_and_stays_the_same_between_programs():
     content = b"water tea boil. pour."
@@ -454,11 +517,23 @@ def test_held_out_counts_exactly_where_it_can_and_never_more_than_half():
     assert held_out(keys, 64, 1).dtype == bool and held_out(keys, 64, 1).shape == (1000,)
 
 
-@pytest.mark.parametrize("sizes, n, wanted", [
-    ([3] * 10, 4, 3), ([3] * 10, 5, 6), ([3] * 10, 9, 9),  # the nearer one of the two sums
-    # half is never passed
-    ([10, 10], 4, 0), ([10, 10], 6, 10), ([10, 9], 6, 9), ([10, 2], 6, 2), ([12, 1], 6, 1), ([8, 8, 2], 7, 2),
-    ([50] + [1] * 50, 20, 20), ([7], 3, 0)])
+@pytest.mark.parametrize(
+    "sizes, n, wanted",
+    [
+        ([3] * 10, 4, 3),
+        ([3] * 10, 5, 6),
+        ([3] * 10, 9, 9),  # the nearer one of the two sums
+        # half is never passed
+        ([10, 10], 4, 0),
+        ([10, 10], 6, 10),
+        ([10, 9], 6, 9),
+        ([10, 2], 6, 2),
+        ([12, 1], 6, 1),
+        ([8, 8, 2], 7, 2),
+        ([50] + [1] * 50, 20, 20),
+        ([7], 3, 0),
+    ],
+)
 def test_whole_groups_come_as_near_as_they_can(sizes, n, wanted):
     keys = np.repeat(some_keys(len(sizes)), sizes)
     assert {int(held_out(keys, n, seed).sum()) for seed in range(20)} == {wanted}
@@ -486,6 +561,7 @@ def test_the_choice_hangs_on_keys_and_seed_only():
 
 
 # ---- real data ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.skipif(not PUBLIC.exists(), reason="the public recipes are not here")
 def test_the_public_recipes_are_read_to_the_last_row():

@@ -1,4 +1,5 @@
 """Sampling: against transformers' greedy search, its distribution, its stops, batches, streaming, mistakes."""
+
 import json
 import sys
 
@@ -23,8 +24,25 @@ def tiny(tiny_model):
 def trained(tiny_model, tiny_recipes, tmp_path_factory):
     """A run of a few steps: (its folder, the cache)."""
     out, cache = tmp_path_factory.mktemp("run") / "out", tmp_path_factory.mktemp("cache")
-    program("train.py", "--model", tiny_model, "--data", tiny_recipes, "--cache", cache, "--val_recipes", 8, "--max_steps", 4,
-            "--lr", 1e-2, "--eval_every", 2, "--out", out)
+    program(
+        "train.py",
+        "--model",
+        tiny_model,
+        "--data",
+        tiny_recipes,
+        "--cache",
+        cache,
+        "--val_recipes",
+        8,
+        "--max_steps",
+        4,
+        "--lr",
+        1e-2,
+        "--eval_every",
+        2,
+        "--out",
+        out,
+    )
     return out, cache
 
 
@@ -36,6 +54,7 @@ def run(monkeypatch, capsys):
             cli.run(sample.main)
         said = capsys.readouterr()
         return stop.value.code, said.out, said.err
+
     return call
 
 
@@ -49,8 +68,10 @@ def test_greedy_text_is_transformers_greedy_text(tiny, tiny_model):
     prompts = [text.prompt(p) for p in PROMPTS]
     want = []
     for p in prompts:
-        out = reference.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False, pad_token_id=1, eos_token_id=1)[0, len(p):].tolist()
-        want.append(out[:out.index(1)] if 1 in out else out)
+        out = reference.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False, pad_token_id=1, eos_token_id=1)[
+            0, len(p) :
+        ].tolist()
+        want.append(out[: out.index(1)] if 1 in out else out)
     alone = [sample.generate(model, [p], {1}, 40, temperature=0)[0][0] for p in prompts]
     together, _ = sample.generate(model, prompts, {1}, 40, temperature=0)
     assert alone == want and together == want
@@ -93,9 +114,21 @@ def test_pick_draws_from_the_softmax():
     assert float(((counts - n * p) ** 2 / (n * p)).sum()) < 20.5
 
 
-@pytest.mark.parametrize("top_k, top_p, kept", [
-    (0, 1.0, {0, 1, 2, 3, 4}), (2, 1.0, {0, 1}), (99, 1.0, {0, 1, 2, 3, 4}), (1, 1.0, {0}),
-    (0, 0.5, {0}), (0, 0.51, {0, 1}), (0, 0.75, {0, 1}), (0, 0.76, {0, 1, 2}), (2, 0.9, {0, 1}), (0, 1e-6, {0})])
+@pytest.mark.parametrize(
+    "top_k, top_p, kept",
+    [
+        (0, 1.0, {0, 1, 2, 3, 4}),
+        (2, 1.0, {0, 1}),
+        (99, 1.0, {0, 1, 2, 3, 4}),
+        (1, 1.0, {0}),
+        (0, 0.5, {0}),
+        (0, 0.51, {0, 1}),
+        (0, 0.75, {0, 1}),
+        (0, 0.76, {0, 1, 2}),
+        (2, 0.9, {0, 1}),
+        (0, 1e-6, {0}),
+    ],
+)
 def test_top_k_and_top_p_keep_exactly_the_likeliest(top_k, top_p, kept):
     """Probabilities 1/2, 1/4, 1/8, 1/16, 1/16, in an order that is not theirs."""
     p = torch.tensor([[0.0625, 0.5, 0.125, 0.25, 0.0625]])
@@ -117,9 +150,11 @@ def test_a_beginning_is_made_of_the_tokens_that_training_saw(tiny):
     recipe = data.recipes.Recipe("Rice pudding", ["2 cups rice", "milk"], ["Stir the rice.", "Boil it."])
     prompt, completion = recipe.text()
     whole = text.prompt(prompt, completion)
-    for ids, shown in (sample.with_ingredients(text, "Rice pudding"),
-                       sample.with_ingredients(text, "Rice pudding", "2 cups rice, milk")):
-        assert whole[:len(ids)] == ids and (prompt + completion).startswith(shown)
+    for ids, shown in (
+        sample.with_ingredients(text, "Rice pudding"),
+        sample.with_ingredients(text, "Rice pudding", "2 cups rice, milk"),
+    ):
+        assert whole[: len(ids)] == ids and (prompt + completion).startswith(shown)
 
 
 def test_special_token_text_in_a_prompt_stays_text(tiny):
@@ -142,39 +177,62 @@ def test_the_program_streams_what_it_samples(trained, run):
 def test_without_a_prompt_a_held_out_title_is_asked(trained, run):
     out, cache = trained
     titles = json.loads((out / "run.json").read_text())["titles"]
-    rows = [json.loads(run("--run", out, "--cache", cache, "--json", "--max_new_tokens", 2, "--seed", s)[1])["prompt"] for s in (1, 2)]
+    rows = [
+        json.loads(run("--run", out, "--cache", cache, "--json", "--max_new_tokens", 2, "--seed", s)[1])["prompt"]
+        for s in (1, 2)
+    ]
     assert rows[0] in titles and rows[1] in titles and rows[0] != rows[1]
 
 
 def test_a_file_of_prompts_is_answered_in_its_order(trained, run, tmp_path):
     out, cache = trained
     file = tmp_path / "prompts.txt"
-    file.write_text('A long free prompt about rice and beans\n\n{"title": "Pie", "ingredients": ["eggs", "milk"]}\n{"prompt": "Rice"}\n')
-    code, said, err = run("--run", out, "--cache", cache, "--prompts", file, "--json", "--num_samples", 2, "--max_new_tokens", 6,
-                          "--batch_size", 4)
+    file.write_text(
+        'A long prompt about rice and beans\n\n{"title": "Pie", "ingredients": ["eggs", "milk"]}\n{"prompt": "Rice"}\n'
+    )
+    code, said, err = run(
+        "--run",
+        out,
+        "--cache",
+        cache,
+        "--prompts",
+        file,
+        "--json",
+        "--num_samples",
+        2,
+        "--max_new_tokens",
+        6,
+        "--batch_size",
+        4,
+    )
     rows = [json.loads(line) for line in said.splitlines()]
     assert code == 0 and [r["sample"] for r in rows] == [0, 1] * 3, err
-    assert [r["prompt"].split("\n")[0] for r in rows[::2]] == ["A long free prompt about rice and beans", "Pie", "Rice"]
+    assert [r["prompt"].split("\n")[0] for r in rows[::2]] == ["A long prompt about rice and beans", "Pie", "Rice"]
     assert "- eggs\n- milk\n" in rows[2]["prompt"]
 
 
 def test_best_and_a_base_model_can_be_asked(trained, run, tiny_model):
     out, cache = trained
     for flags in (["--run", out / "best"], ["--model", tiny_model]):
-        code, said, err = run(*flags, "--cache", cache, "--max_new_tokens", 3, "--title", "Pie", "--top_p", 0.9, "--dtype", "bf16")
+        code, said, err = run(
+            *flags, "--cache", cache, "--max_new_tokens", 3, "--title", "Pie", "--top_p", 0.9, "--dtype", "bf16"
+        )
         assert code == 0 and said.startswith("Pie"), err
 
 
 def test_a_run_and_where_its_base_is_now(trained, run, tiny_model, tmp_path, monkeypatch):
     """--run with --model: the adapter of the one on the other, also for the run that is called out."""
     import shutil
+
     out, cache = trained
     flags = ["--cache", cache, "--max_new_tokens", 20, "--title", "Pie", "--temperature", 0]
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
     shutil.copytree(out, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     wanted = run("--run", out, *flags)[1]
-    assert run("--run", "out", "--model", moved, *flags)[1] == run(*flags)[1] == wanted != run("--model", moved, *flags)[1]
+    assert (
+        run("--run", "out", "--model", moved, *flags)[1] == run(*flags)[1] == wanted != run("--model", moved, *flags)[1]
+    )
 
 
 def test_the_adapter_is_used(trained, run, tiny_model):
@@ -183,11 +241,24 @@ def test_the_adapter_is_used(trained, run, tiny_model):
     assert run("--run", out, *flags)[1] != run("--model", tiny_model, *flags)[1]
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--temperature", -1], "--temperature"), (["--top_p", 0], "--top_p"), (["--num_samples", 0], "--num_samples"),
-    (["--run", "/nowhere"], "/nowhere"), (["--ingredients", "eggs"], "--title"), (["--title", "a", "--prompt", "b"], "exclude"),
-    (["--prompts", "/nowhere.txt"], "/nowhere.txt"), (["--prompt", "rice " * 3000], "window"), (["--temprature", 1], "temprature"),
-    (["--max_new_tokens", 0], "--max_new_tokens"), (["--device", "gpu"], "gpu"), (["--model", "/nowhere"], "/nowhere")], ids=str)
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--temperature", -1], "--temperature"),
+        (["--top_p", 0], "--top_p"),
+        (["--num_samples", 0], "--num_samples"),
+        (["--run", "/nowhere"], "/nowhere"),
+        (["--ingredients", "eggs"], "--title"),
+        (["--title", "a", "--prompt", "b"], "exclude"),
+        (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
+        (["--prompt", "rice " * 3000], "window"),
+        (["--temprature", 1], "temprature"),
+        (["--max_new_tokens", 0], "--max_new_tokens"),
+        (["--device", "gpu"], "gpu"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+    ids=str,
+)
 def test_a_mistake_gets_one_sentence(trained, run, flags, word):
     out, cache = trained
     code, _, err = run(*([] if "--run" in flags else ["--run", out]), "--cache", cache, *flags)
@@ -195,7 +266,9 @@ def test_a_mistake_gets_one_sentence(trained, run, flags, word):
     assert code == 2 and last.startswith("error: ") and word in last and "Traceback" not in err
 
 
-@pytest.mark.parametrize("text, word", [("", "no prompt"), ("{broken", "prompts.txt:1"), ('{"titel": 1}', "prompts.txt:1")])
+@pytest.mark.parametrize(
+    "text, word", [("", "no prompt"), ("{broken", "prompts.txt:1"), ('{"titel": 1}', "prompts.txt:1")]
+)
 def test_a_broken_file_of_prompts_is_refused(trained, run, tmp_path, text, word):
     out, cache = trained
     (tmp_path / "prompts.txt").write_text(text)
@@ -205,16 +278,32 @@ def test_a_broken_file_of_prompts_is_refused(trained, run, tmp_path, text, word)
 
 def test_a_base_that_changed_is_refused(run, tiny_recipes, tmp_path):
     base = make_model(tmp_path / "base")
-    program("train.py", "--model", base, "--data", tiny_recipes, "--cache", tmp_path / "c", "--val_recipes", 8, "--max_steps", 1,
-            "--out", tmp_path / "out")
+    program(
+        "train.py",
+        "--model",
+        base,
+        "--data",
+        tiny_recipes,
+        "--cache",
+        tmp_path / "c",
+        "--val_recipes",
+        8,
+        "--max_steps",
+        1,
+        "--out",
+        tmp_path / "out",
+    )
     make_model(base, seed=9)
     code, _, err = run("--run", tmp_path / "out", "--cache", tmp_path / "c")
     assert code == 2 and "it has changed" in err
 
 
-@pytest.mark.parametrize("name, word", [("adapter_model.safetensors", "adapter_model"), ("adapter_config.json", "adapter_config")])
+@pytest.mark.parametrize(
+    "name, word", [("adapter_model.safetensors", "adapter_model"), ("adapter_config.json", "adapter_config")]
+)
 def test_a_damaged_adapter_is_refused(trained, run, tmp_path, name, word):
     import shutil
+
     out, cache = trained
     copy = shutil.copytree(out, tmp_path / "copy")
     (copy / name).write_bytes((out / name).read_bytes()[:100])

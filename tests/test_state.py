@@ -1,4 +1,5 @@
 """state.py: a run's folder has one owner, whole files, and a state from which training goes on bit for bit."""
+
 import errno
 import json
 import os
@@ -29,6 +30,7 @@ def names(folder):
 
 
 # ---- atomic writes --------------------------------------------------------------------------------------------------
+
 
 def test_content_appears_whole(tmp_path):
     path = tmp_path / "run.json"
@@ -78,8 +80,11 @@ def test_json_and_tensors_come_back(tmp_path):
     write_json(tmp_path / "a.json", {"title": "Crème ½", "x": [1, None]})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"title": "Crème ½", "x": [1, None]}
     assert "Crème ½" in (tmp_path / "a.json").read_text(encoding="utf-8")
-    tensors = {"bf16": torch.randn(3, 2).bfloat16(), "turned": torch.arange(6).view(2, 3).T,
-               "param": torch.nn.Parameter(torch.ones(2))}
+    tensors = {
+        "bf16": torch.randn(3, 2).bfloat16(),
+        "turned": torch.arange(6).view(2, 3).T,
+        "param": torch.nn.Parameter(torch.ones(2)),
+    }
     write_tensors(tmp_path / "a.safetensors", tensors, {"note": "x"})
     back = load_file(tmp_path / "a.safetensors")
     assert back.keys() == tensors.keys()
@@ -88,12 +93,15 @@ def test_json_and_tensors_come_back(tmp_path):
         assert f.metadata() == {"format": "pt", "note": "x"}
 
 
-@pytest.mark.parametrize(("said", "number"), [
-    ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
-    ("I/O error: Disk quota exceeded (os error 122)", errno.EDQUOT),
-    ("I/O error: File too large (os error 27)", errno.EFBIG),
-    ("I/O error: Permission denied (os error 13)", errno.EACCES),
-])
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("I/O error: Disk quota exceeded (os error 122)", errno.EDQUOT),
+        ("I/O error: File too large (os error 27)", errno.EFBIG),
+        ("I/O error: Permission denied (os error 13)", errno.EACCES),
+    ],
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="the numbers are Linux's")
 def test_a_full_disk_keeps_its_number_through_safetensors(tmp_path, monkeypatch, said, number):
     """cli.run makes a sentence of these, and a traceback of others."""
@@ -113,10 +121,13 @@ def test_a_full_disk_keeps_its_number_through_safetensors(tmp_path, monkeypatch,
 
 # ---- fingerprint ----------------------------------------------------------------------------------------------------
 
+
 def edit(path, where, new):
     """The bytes from `where`, counted from the end, are `new` now."""
     content = path.read_bytes()
-    path.write_bytes(content[:where] + new + content[where + len(new):] if -where > len(new) else content[:where] + new)
+    path.write_bytes(
+        content[:where] + new + content[where + len(new) :] if -where > len(new) else content[:where] + new
+    )
 
 
 def new_header(folder):
@@ -284,6 +295,7 @@ def test_a_run_json_that_cannot_be_read_is_named(tmp_path, content):
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
+
 def test_a_logged_line_is_there_at_once(tmp_path):
     run = Run(tmp_path / "out", resume=False)
     assert run.history() == []
@@ -324,6 +336,7 @@ def test_logging_goes_on_after_forget_after(tmp_path):
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
+
 
 def toy(seed=0):
     """(model with dropout, its optimiser, its parameters)"""
@@ -429,7 +442,7 @@ WRONG = torch.ones(8, 5)  # where toy() has 8 x 4
 DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"\xff" * 1000),
-    "half of it": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    "half of it": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "gone": lambda path: path.unlink(),
     "no metadata": lambda path: save_file(load_file(path), path),
@@ -462,6 +475,7 @@ def test_a_state_of_another_model_is_refused_and_the_parameter_named(saved, chan
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_noted_and_the_step_goes_on(number, code, capsys):

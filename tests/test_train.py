@@ -1,4 +1,5 @@
-"""The whole run on a tiny model: every flag flipped, every fast path against its slow one, stopped and resumed, refused."""
+"""The whole run on a tiny model: every flag flipped, every fast path against its slow one, stops, refusals."""
+
 import json
 import os
 import signal
@@ -19,13 +20,36 @@ import train
 @pytest.fixture
 def base(tiny_model, tiny_recipes, tmp_path):
     """Flags of a run that takes a second."""
-    return ["--model", tiny_model, "--data", tiny_recipes, "--cache", tmp_path / "cache", "--val_recipes", 8, "--max_steps", 6,
-            "--eval_every", 3, "--lr", "5e-3", "--warmup_steps", 2, "--batch_size", 8, "--dtype", "fp32", "--device", "cpu"]
+    return [
+        "--model",
+        tiny_model,
+        "--data",
+        tiny_recipes,
+        "--cache",
+        tmp_path / "cache",
+        "--val_recipes",
+        8,
+        "--max_steps",
+        6,
+        "--eval_every",
+        3,
+        "--lr",
+        "5e-3",
+        "--warmup_steps",
+        2,
+        "--batch_size",
+        8,
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run train.py in this process as a user would: (exit code, stdout, stderr)."""
+
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
         monkeypatch.setattr(train, "write_recipe", lambda *_: print("a recipe"))  # slow, and test_sample.py's business
@@ -33,6 +57,7 @@ def run(monkeypatch, capsys):
             cli.run(train.main)
         said = capsys.readouterr()
         return stop.value.code, said.out, said.err
+
     return call
 
 
@@ -46,7 +71,10 @@ def losses(out):
 
 def essence(out):
     """What must be the same bit for bit in a run that was stopped and resumed."""
-    return [{k: line.get(k) for k in ("step", "loss", "lr", "grad_norm", "target_tokens", "val_loss")} for line in metrics(out)]
+    return [
+        {k: line.get(k) for k in ("step", "loss", "lr", "grad_norm", "target_tokens", "val_loss")}
+        for line in metrics(out)
+    ]
 
 
 def ok(result):
@@ -56,7 +84,7 @@ def ok(result):
 
 
 def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
-    """One run as a user starts it: recipe before, recipe after, one JSON line; the loss falls; the folder is complete."""
+    """One run as a user starts it: recipe before, recipe after, one JSON line; the loss falls; the folder is whole."""
     out = tmp_path / "out"
     done = program("train.py", *base, "--out", out)
     last = json.loads(done.stdout.splitlines()[-1])
@@ -64,8 +92,15 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
     assert last["steps"] == 6 and last["val_loss_after"] < last["val_loss_before"] - 0.3
     assert [line["step"] for line in metrics(out)] == list(range(7))
     assert [line["step"] for line in metrics(out) if "val_loss" in line] == [0, 3, 6]
-    for name in ("adapter_model.safetensors", "adapter_config.json", "best/adapter_model.safetensors", "run.json", "curve.png",
-                 "state.safetensors", "state.json"):
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "best/adapter_model.safetensors",
+        "run.json",
+        "curve.png",
+        "state.safetensors",
+        "state.json",
+    ):
         assert (out / name).stat().st_size > 0, name
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.part"))
@@ -73,10 +108,19 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
     assert "config" in done.stderr and "check" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [
-    ["--attn", "naive"], ["--no-fused_loss"], ["--grad_ckpt"], ["--batch_size", 4, "--grad_accum", 2],
-    ["--batch_size", 2, "--grad_accum", 4], pytest.param(["--compile"], marks=pytest.mark.slow),
-    pytest.param(["--compile", "--grad_ckpt"], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--attn", "naive"],
+        ["--no-fused_loss"],
+        ["--grad_ckpt"],
+        ["--batch_size", 4, "--grad_accum", 2],
+        ["--batch_size", 2, "--grad_accum", 4],
+        pytest.param(["--compile"], marks=pytest.mark.slow),
+        pytest.param(["--compile", "--grad_ckpt"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_fast_path_gives_the_losses_of_the_slow_one(base, run, tmp_path, flags):
     ok(run(*base, "--out", tmp_path / "a"))
     ok(run(*base, "--out", tmp_path / "b", *flags))
@@ -89,7 +133,9 @@ def test_a_fast_path_gives_the_losses_of_the_slow_one(base, run, tmp_path, flags
 def test_accumulation_is_the_gradient_of_one_larger_batch(base, run, tmp_path, monkeypatch):
     """1 x 8 and 8 x 1 at the first step, with very different numbers of target tokens in the micro-batches."""
     norms = []
-    monkeypatch.setattr(train, "check_gradients", lambda m, params: norms.append([p.grad.clone() for p in params.values()]))
+    monkeypatch.setattr(
+        train, "check_gradients", lambda m, params: norms.append([p.grad.clone() for p in params.values()])
+    )
     for n, flags in enumerate((["--batch_size", 8], ["--batch_size", 1, "--grad_accum", 8])):
         ok(run(*base, "--out", tmp_path / str(n), "--batching", "random", "--mask_prompt", "--max_steps", 1, *flags))
     largest = max(g.abs().max() for g in norms[0])
@@ -109,6 +155,7 @@ def test_held_out_loss_is_the_same_in_batches_and_one_by_one(base, run, tmp_path
 def test_the_loss_that_is_logged_is_transformers_loss(base, run, tmp_path, tiny_model, tiny_recipes):
     """Step 0's val_loss against LlamaForCausalLM on the same recipes, each alone, weighted by target tokens."""
     from transformers import LlamaForCausalLM
+
     ok(run(*base, "--out", tmp_path / "out", "--max_steps", 1))
     reference = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     cfg = data.Data(model=str(tiny_model), data=[str(tiny_recipes)], val_recipes=8, cache=str(tmp_path / "cache"))
@@ -122,11 +169,31 @@ def test_the_loss_that_is_logged_is_transformers_loss(base, run, tmp_path, tiny_
     assert metrics(tmp_path / "out")[0]["val_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--lora_r", 0], ["--lora_targets", "q_proj,v_proj"], ["--rslora"], ["--lora_dropout", 0.2], ["--mask_prompt"], ["--no-clean"],
-    ["--batching", "random"], ["--batch_tokens", 600], ["--dtype", "bf16"], ["--dtype", "bf16", "--lora_r", 0], ["--grad_clip", 0],
-    ["--weight_decay", 0.1], ["--max_steps", 0, "--epochs", 1], ["--seed", 7], ["--save_every", 2], ["--max_len", 200],
-    ["--lora_alpha", 8], ["--optim", "adamw"], ["--allow_bad", 0.5]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora_r", 0],
+        ["--lora_targets", "q_proj,v_proj"],
+        ["--rslora"],
+        ["--lora_dropout", 0.2],
+        ["--mask_prompt"],
+        ["--no-clean"],
+        ["--batching", "random"],
+        ["--batch_tokens", 600],
+        ["--dtype", "bf16"],
+        ["--dtype", "bf16", "--lora_r", 0],
+        ["--grad_clip", 0],
+        ["--weight_decay", 0.1],
+        ["--max_steps", 0, "--epochs", 1],
+        ["--seed", 7],
+        ["--save_every", 2],
+        ["--max_len", 200],
+        ["--lora_alpha", 8],
+        ["--optim", "adamw"],
+        ["--allow_bad", 0.5],
+    ],
+    ids=str,
+)
 def test_each_flag_runs_and_learns(base, run, tmp_path, flags):
     out = tmp_path / "out"
     last = json.loads(ok(run(*base, "--out", out, *flags)).splitlines()[-1])
@@ -135,6 +202,7 @@ def test_each_flag_runs_and_learns(base, run, tmp_path, flags):
 
 def test_a_run_of_all_weights_can_be_read_by_transformers(base, run, tmp_path):
     from transformers import LlamaForCausalLM
+
     ok(run(*base, "--out", tmp_path / "out", "--lora_r", 0))
     trained = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
@@ -149,7 +217,9 @@ def test_val_data_is_what_is_measured(base, run, tmp_path):
 
 
 def test_patience_stops_a_run_that_does_not_get_better(base, run, tmp_path):
-    code, out, err = run(*base, "--out", tmp_path / "out", "--lr", 0, "--max_steps", 50, "--eval_every", 1, "--patience", 3)
+    code, out, err = run(
+        *base, "--out", tmp_path / "out", "--lr", 0, "--max_steps", 50, "--eval_every", 1, "--patience", 3
+    )
     assert code == 0 and json.loads(out.splitlines()[-1])["steps"] == 3
     assert "no progress in 3 evaluations" in err
 
@@ -183,6 +253,7 @@ def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(base, run,
         log(self, line)
         if line["step"] == 5:  # an evaluation's step, in the middle of the first epoch (9 steps)
             os.kill(os.getpid(), number)
+
     monkeypatch.setattr(train.state.Run, "log", log_and_signal)
     got, _, err = run(*flags, "--out", tmp_path / "cut")
     assert got == code and "--resume" in err
@@ -197,8 +268,12 @@ def test_a_killed_run_goes_on_from_its_last_save(base, run, tmp_path):
     """kill -9: no handler runs. Steps after the last save are made again, and stand in metrics.jsonl once."""
     flags = [*base, "--max_steps", 150, "--save_every", 3, "--eval_every", 1000]
     out = tmp_path / "cut"
-    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags), "--out", str(out)],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         deadline = time.time() + 120
         while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 8):
@@ -230,7 +305,11 @@ def test_a_resume_may_go_further(base, run, tmp_path):
 def test_a_longer_resume_that_is_stopped_goes_on_as_it_was_asked(base, run, tmp_path, monkeypatch):
     ok(run(*base, "--out", tmp_path / "out"))
     log = train.state.Run.log
-    monkeypatch.setattr(train.state.Run, "log", lambda self, line: (log(self, line), line["step"] == 7 and os.kill(os.getpid(), signal.SIGINT)))
+    monkeypatch.setattr(
+        train.state.Run,
+        "log",
+        lambda self, line: (log(self, line), line["step"] == 7 and os.kill(os.getpid(), signal.SIGINT)),
+    )
     assert run("--resume", "--out", tmp_path / "out", "--max_steps", 12)[0] == 130
     monkeypatch.setattr(train.state.Run, "log", log)
     ok(run("--resume", "--out", tmp_path / "out"))
@@ -245,12 +324,23 @@ def test_stopped_before_the_first_step_it_starts_over_without_a_trace(base, run,
     monkeypatch.setattr(train, "evaluate", evaluate)
     ok(run("--resume", "--out", tmp_path / "cut"))
     assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
-    assert json.loads((tmp_path / "cut" / "state.json").read_text()) == json.loads((tmp_path / "whole" / "state.json").read_text())
+    assert json.loads((tmp_path / "cut" / "state.json").read_text()) == json.loads(
+        (tmp_path / "whole" / "state.json").read_text()
+    )
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--lr", 1e-3], "--lr"), (["--seed", 2], "--seed"), (["--batch_size", 5], "--batch_size"), (["--lora_r", 8], "--lora_r"),
-    (["--mask_prompt"], "--mask_prompt"), (["--min_words", 1], "--min_words")], ids=str)
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--lr", 1e-3], "--lr"),
+        (["--seed", 2], "--seed"),
+        (["--batch_size", 5], "--batch_size"),
+        (["--lora_r", 8], "--lora_r"),
+        (["--mask_prompt"], "--mask_prompt"),
+        (["--min_words", 1], "--min_words"),
+    ],
+    ids=str,
+)
 def test_a_resume_with_flags_of_another_run_is_refused(base, run, tmp_path, flags, word):
     ok(run(*base, "--out", tmp_path / "out"))
     before = (tmp_path / "out" / "state.safetensors").read_bytes()
@@ -283,13 +373,30 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
 # --- mistakes ---
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--learning_rate", 1], "learning_rate"), (["--lr", "fast"], "lr"), (["--batch_size", 0], "--batch_size"),
-    (["--lr", "nan"], "--lr"), (["--attn", "quick"], "attn"), (["--max_len", 5000], "--max_len"), (["--max_len", 20], "max_len"),
-    (["--model", "/nowhere"], "/nowhere"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"), (["--resume"], "--resume"),
-    (["--init_adapter", "/nowhere"], "/nowhere"), (["--lora_targets", "q_proj,qq"], "qq"), (["--device", "gpu"], "gpu"),
-    (["--min_words", 10**6], "too_short"), (["--batch_tokens", 30], "--batch_tokens"), (["--loraX"], "loraX"),
-    (["--init_adapter", "/nowhere", "--lora_r", 0], "--lora_r 0"), (["--device", "meta"], "meta")], ids=str)
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--learning_rate", 1], "learning_rate"),
+        (["--lr", "fast"], "lr"),
+        (["--batch_size", 0], "--batch_size"),
+        (["--lr", "nan"], "--lr"),
+        (["--attn", "quick"], "attn"),
+        (["--max_len", 5000], "--max_len"),
+        (["--max_len", 20], "max_len"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--resume"], "--resume"),
+        (["--init_adapter", "/nowhere"], "/nowhere"),
+        (["--lora_targets", "q_proj,qq"], "qq"),
+        (["--device", "gpu"], "gpu"),
+        (["--min_words", 10**6], "too_short"),
+        (["--batch_tokens", 30], "--batch_tokens"),
+        (["--loraX"], "loraX"),
+        (["--init_adapter", "/nowhere", "--lora_r", 0], "--lora_r 0"),
+        (["--device", "meta"], "meta"),
+    ],
+    ids=str,
+)
 def test_a_mistake_gets_one_sentence(base, run, tmp_path, flags, word):
     code, out, err = run(*base, "--out", tmp_path / "out", *flags)
     assert code == 2 and not out
@@ -301,7 +408,9 @@ def test_a_run_may_not_be_its_own_base(base, run, tmp_path):
     ok(run(*base, "--out", tmp_path / "out", "--lora_r", 0))
     code, _, err = run(*base, "--out", tmp_path / "out", "--model", tmp_path / "out")
     assert code == 2 and "another --out" in err
-    ok(run(*base, "--out", tmp_path / "two", "--model", tmp_path / "out", "--lora_r", 0))  # and a run can be another's base
+    ok(
+        run(*base, "--out", tmp_path / "two", "--model", tmp_path / "out", "--lora_r", 0)
+    )  # and a run can be another's base
     assert json.loads((tmp_path / "two" / "run.json").read_text())["base"] == str(tmp_path / "out")
 
 
@@ -335,7 +444,9 @@ def test_a_loss_that_is_no_number_stops_the_run(base, run, tmp_path, monkeypatch
 def test_a_lora_that_gets_no_gradient_is_found(base, run, tmp_path, monkeypatch):
     """The classic: one layer is left out of the graph and nobody notices."""
     project = train.lora.project
-    monkeypatch.setattr(train.lora, "project", lambda x, layers: project(x, layers) if len(layers) > 1 else [layers[0].base(x)])
+    monkeypatch.setattr(
+        train.lora, "project", lambda x, layers: project(x, layers) if len(layers) > 1 else [layers[0].base(x)]
+    )
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "o_proj" in err
 
@@ -343,6 +454,7 @@ def test_a_lora_that_gets_no_gradient_is_found(base, run, tmp_path, monkeypatch)
 def test_out_of_memory_says_which_flags_help(base, run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
     monkeypatch.setattr(train.models, "sum_loss", full)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "--grad_ckpt" in err and "Traceback" not in err
@@ -358,6 +470,7 @@ def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device", str(path))
         save_file(tensors, path, metadata=metadata)
+
     monkeypatch.setattr(train.state, "save_file", full_later)
     code, _, err = run(*base, "--out", tmp_path / "out", "--save_every", 2, "--eval_every", 100)
     assert code == 1 and "No space left" in err and "Traceback" not in err
