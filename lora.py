@@ -8,7 +8,7 @@ that share an input (q, k, v; gate, up) through one autograd function: the input
 once, and W is asked for again in backward instead of being kept. It speaks to W by two methods only, mm(x) = x · Wᵀ
 and mm_t(g) = g · W, so the same lines serve bf16, NF4 and fp8 weights. Files are in PEFT's format, both ways.
 
-    model = model.load(folder, make_linear=quant.plain)
+    model = model.load(folder, make_linear=quant.make_linear("none"))
     adapt(model, r=16, alpha=32)                    # or: load(model, "out")
     tensors = parameters(model)                     # {PEFT's key: A or B}
 """
@@ -47,9 +47,28 @@ class LoRA(nn.Module):
     def mm_t(self, g):
         return self.base.mm_t(g)
 
+    def mm_plus(self, x, u, B):
+        """x · Wᵀ + u · Bᵀ; quant.py's layers make it one product."""
+        return self.base.mm_plus(x, u, B) if hasattr(self.base, "mm_plus") else self.mm(x) + u @ B.t()
+
+    def mm_t_plus(self, g, du, A):
+        return self.base.mm_t_plus(g, du, A) if hasattr(self.base, "mm_t_plus") else self.mm_t(g) + du @ A
+
+
+def cast(layers, params, dtype):
+    """The adapters of a group in the dtype of the arithmetic: all A as one [R, in], and for each layer scale * B in its
+    own columns of an [out, R], so that u = x · Aᵀ [N, R] serves them all."""
+    scales = [layer.scale for layer in layers if isinstance(layer, LoRA)]
+    A, Bs, at = torch.cat(params[0::2]).to(dtype), [], 0
+    for B, scale in zip(params[1::2], scales):
+        r = B.shape[1]
+        Bs.append(F.pad((B * scale).to(dtype), (at, len(A) - at - r)))
+        at += r
+    return A, Bs
+
 
 class GroupMatmul(torch.autograd.Function):
-    """All layers of a group on the input that they share.
+    """All layers of a group on the input that they share. What is kept for backward: that input once, and u.
 
     x [N, in], what the frozen layers see; xd [N, in], what the A matrices see after dropout, or None: the same;
     params A1, B1, A2, B2, … of the adapted layers among `layers`. -> one [N, out] a layer"""
@@ -57,40 +76,39 @@ class GroupMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, xd, layers, *params):
         h = x if xd is None else xd
-        As, Bs = [A.to(h.dtype) for A in params[0::2]], [B.to(h.dtype) for B in params[1::2]]
-        u = (h @ torch.cat(As).t()).split([len(A) for A in As], dim=-1)  # one product for all A; each [N, r]
-        todo, out = iter(zip(u, Bs)), []
+        A, Bs = cast(layers, params, h.dtype)
+        u = h @ A.t()  # [N, R]: one product for all A
+        out = []
         for layer in layers:
-            y = layer.mm(x)
-            if isinstance(layer, LoRA):
-                u_i, B = next(todo)
-                y = torch.addmm(y, u_i, B.t(), alpha=layer.scale)  # addmm_ loses every gradient in 2.11's compile
-            out.append(y)
+            if not isinstance(layer, LoRA):
+                out.append(layer.mm(x))
+            else:
+                out.append(layer.mm_plus(x, u, Bs.pop(0)))
         ctx.layers, ctx.dropped = layers, xd is not None
-        ctx.save_for_backward(h, *u, *params)
+        ctx.save_for_backward(h, u, *params)
         return tuple(out)
 
     @staticmethod
     def backward(ctx, *grads):
-        h, *saved = ctx.saved_tensors
-        u, params = saved[:len(saved) // 3], saved[len(saved) // 3:]
-        As, Bs = [A.to(h.dtype) for A in params[0::2]], [B.to(h.dtype) for B in params[1::2]]
-        todo, du, dB, dx = iter(zip(u, Bs)), [], [], None
+        h, u, *params = ctx.saved_tensors
+        A, Bs = cast(ctx.layers, params, h.dtype)
+        du, dBs, dx, dxd, at = 0, [], None, None, 0
         for layer, g in zip(ctx.layers, grads):
             if isinstance(layer, LoRA):
-                u_i, B = next(todo)
-                du.append(g @ B * layer.scale)                # [N, r]
-                dB.append((g.t() @ (u_i * layer.scale)).float())  # [out, r]; fp32 like the parameter
-            if ctx.needs_input_grad[0]:
-                part = layer.mm_t(g)                          # W once more, from whatever it is kept as
-                dx = part if dx is None else dx.add_(part)
-        du, dxd = torch.cat(du, dim=-1), None                 # [N, sum of r]
-        dA = (du.t() @ h).float().split([len(A) for A in As])
+                r = layer.B.shape[1]
+                du = du + g @ Bs.pop(0)                                          # [N, R]
+                dBs.append((g.t() @ u[:, at:at + r]).float() * layer.scale)      # [out, r]; fp32 like the parameter
+                at += r
+        dA = (du.t() @ h).float()                                                # [R, in]
+        if ctx.needs_input_grad[0]:  # W once more, however it is kept; du · A goes along with an adapted layer's
+            last = max(i for i, layer in enumerate(ctx.layers) if isinstance(layer, LoRA)) if not ctx.dropped else -1
+            parts = [layer.mm_t_plus(g, du, A) if i == last else layer.mm_t(g)
+                     for i, (layer, g) in enumerate(zip(ctx.layers, grads))]
+            dx = sum(parts[1:], start=parts[0])
         if ctx.dropped:
-            dxd = du @ torch.cat(As)
-        elif dx is not None:
-            dx.addmm_(du, torch.cat(As))
-        return dx, dxd, None, *(p for pair in zip(dA, dB) for p in pair)
+            dxd = du @ A
+        dAs = dA.split([len(A) for A in params[0::2]])
+        return dx, dxd, None, *(p for pair in zip(dAs, dBs) for p in pair)
 
 
 def project(x, layers):

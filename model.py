@@ -189,6 +189,7 @@ class Llama(nn.Module):
         self.cfg = cfg
         self.dtype = None  # of the residual stream; None: as the embedding is stored
         self.around = lambda block, *args: block(*args)  # how a block is called: train.py puts checkpointing here
+        self.loss_chunk = loss_chunk  # for sum_loss
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, flash) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -199,8 +200,8 @@ class Llama(nn.Module):
         """ids [B, T], pos [B, T] (None: 0, 1, 2 … in each row), caches one a block. -> [B, T, C] after the last norm.
 
         With caches, T > 1 is a prompt that starts at position 0 and T = 1 the next token of each row."""
-        x = self.embed_tokens(ids)
-        x = x.to(self.dtype or x.dtype)
+        x = self.embed_tokens(ids.to(self.embed_tokens.weight.device))  # which may be in host memory
+        x = x.to(ids.device, self.dtype or x.dtype)
         if torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # every block's input is then of one kind: the first shares the others' compiled graph
         mask = None
@@ -219,6 +220,17 @@ class Llama(nn.Module):
 # --- the loss ---
 
 
+def loss_chunk(h, W, targets, scale):
+    """(sum of the cross-entropies of h [rows, C], scale * their gradient by the logits [rows, V] in h's dtype).
+
+    The scale goes in while the numbers are fp32: an fp16 gradient of one token among thousands would be cast to 0."""
+    z = (h @ W.t()).float()  # [rows, V]
+    lse = z.logsumexp(-1, keepdim=True)
+    loss = (lse - z.gather(-1, targets[:, None])).sum()
+    right = torch.arange(W.shape[0], device=W.device) == targets[:, None]
+    return loss, (z.sub_(lse).exp_().sub_(right.float()) * scale).to(h.dtype)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies without the [N, V] logits: chunk by chunk, each with its gradient at once, then forgotten.
 
@@ -226,44 +238,39 @@ class ChunkedLoss(torch.autograd.Function):
     A frozen head (all but --lora_r 0) gets no gradient. The idea: Liger's fused linear loss, Cut Cross-Entropy."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, scale):
-        want_h, want_w, _, _ = ctx.needs_input_grad
-        W = weight.to(h.dtype)
-        rows = max(1, 2**26 // W.shape[0])  # 256 MB of fp32 logits
+    def forward(ctx, h, weight, targets, scale, chunk):
+        want_h, want_w, *_ = ctx.needs_input_grad
+        W, scale = weight.to(h.dtype), torch.full((), scale, device=h.device)
+        rows = max(1, 2**26 // W.shape[0] // 64 * 64)  # 256 MB of fp32 logits, in whole tiles of a matmul
         total = torch.zeros((), device=h.device)
         dh = torch.empty_like(h) if want_h else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if want_w else None
         for i in range(0, h.shape[0], rows):
-            hc, tc = h[i:i + rows], targets[i:i + rows, None]
-            logits = (hc @ W.t()).float()  # [rows, V]
-            top, right = logits.amax(-1, keepdim=True), logits.gather(-1, tc)
-            e = logits.sub_(top).exp_()
-            z = e.sum(-1, keepdim=True)
-            total += (z.log() + top - right).sum()
-            if want_h or want_w:
-                p = e.mul_(scale / z).scatter_add_(-1, tc, torch.full_like(z, -scale))  # softmax - one-hot
-                p = p.to(h.dtype)  # scaled in fp32, before anything is cast down
-                if want_h:
-                    torch.mm(p, W, out=dh[i:i + rows])
-                if want_w:
-                    dW += (p.t() @ hc).float()
+            hc = h[i:i + rows]
+            loss, dz = chunk(hc, W, targets[i:i + rows], scale)
+            total += loss
+            if want_h:
+                torch.mm(dz, W, out=dh[i:i + rows])
+            if want_w:
+                dW += (dz.t() @ hc).float()
         ctx.save_for_backward(dh, dW)
         return total * scale
 
     @staticmethod
     def backward(ctx, grad):
         dh, dW = ctx.saved_tensors
-        return dh if dh is None else dh * grad.to(dh.dtype), dW if dW is None else dW * grad, None, None
+        return dh if dh is None else dh * grad.to(dh.dtype), dW if dW is None else dW * grad, None, None, None
 
 
-def sum_loss(h, weight, where, targets, scale=1.0, fused=True):
+def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk):
     """scale * sum of the cross-entropies of the target positions.
 
     h [B, T, C] from the model, weight [V, C] of the head, where [N] = b * T + t of the positions that predict a target,
-    targets [N] the ids they are to predict. The caller divides by the target tokens of a whole step, through scale."""
+    targets [N] the ids they are to predict. The caller divides by the target tokens of a whole step, through scale.
+    chunk: loss_chunk, or a compiled one."""
     h = h.flatten(0, 1)[where]  # [N, C]: the head is not asked about padding or prompts
     if fused:
-        return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale)
+        return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale, chunk)
     return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, reduction="sum") * scale
 
 

@@ -1,4 +1,4 @@
-"""The frozen linear layer: a weight that is multiplied with and never trained.
+"""The frozen linear layer: a weight that is multiplied with and never trained, kept whole, in 4 bits or in 8.
 
 A frozen layer is any module with
 
@@ -6,10 +6,26 @@ A frozen layer is any module with
     mm_t(g)     g · W,  [*, out] -> [*, in]: the gradient of mm's input
     forward(x)  one autograd function around the two, which keeps nothing of x and nothing of W
 
-so whoever stands on it (lora.py) need not know how W is kept. nn.Linear would keep a reference to W per call too, but
-in a compressed kind that reference is to a weight that had to be made in full first.
+so whoever stands on it (lora.py) need not know how W is kept. The kinds here can also take a LoRA's product along with
+their own: mm_plus(x, u, B), x · Wᵀ + u · Bᵀ, and mm_t_plus(g, du, A), g · W + du · A. Three kinds, and the bytes of one 4096 × 4096 matrix:
+
+    Plain  as stored, bf16 say: 2 a weight                                                  33,554,432
+    FP8    e4m3 codes, 1 a weight: 16,777,216; an fp32 scale a row: 16,384                  16,793,600: 1.001 a weight
+    NF4    4-bit codes: 8,388,608; absmax, one a block of 64, in 8 bits: 262,144; their      8,671,236: 0.517 a weight
+           own absmax, fp32, one a block of 256 of them: 4,096; one fp32 offset: 4;
+           an fp32 scale a row, for --fp8: 16,384
+
+NF4 (QLoRA, Dettmers et al. 2023) divides a block by its largest magnitude and keeps, for each weight, the nearest of
+16 values that are equally likely under a normal distribution. Quantising and back are bitsandbytes' operators, on the
+CPU and on the GPU alike, called through torch.ops, where torch.compile sees them without a graph break.
 """
+import functools
+import importlib.util
+import logging
+import warnings
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cli import UserError
@@ -26,29 +42,218 @@ class FrozenMatmul(torch.autograd.Function):
         return ctx.layer.mm_t(grad), None
 
 
-class Plain(nn.Module):
-    """W [out, in] as it was stored, in the dtype it was loaded in; the product is made in x's dtype."""
+class Frozen(nn.Module):
+    """What the kinds share. A kind has full(dtype), W [out, in] in that dtype, and e4m3(), W as fp8 codes and scales.
 
-    def __init__(self, weight):
+    again=True is how backward asks: NF4 needs to know."""
+    fp8 = False  # --fp8: how it is multiplied, whatever it is kept as
+    compressed = True  # W is made anew for each product
+
+    def __init__(self, shape):
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None
-        self.out_features, self.in_features = weight.shape
+        self.shape, self.bias = tuple(shape), None
+        self.out_features, self.in_features = self.shape
 
     def mm(self, x):
-        return x @ self.weight.to(x.dtype).t()
+        if not self.fp8:
+            return x @ self.full(x.dtype).t()
+        return scaled_mm(*to_e4m3(x.flatten(0, -2)), *self.e4m3(), x.dtype).view(*x.shape[:-1], -1)
 
     def mm_t(self, g):
-        return g @ self.weight.to(g.dtype)
+        if not self.fp8:
+            return g @ self.full(g.dtype, again=True)
+        codes, scale = self.e4m3(again=True)
+        return fp8_mm_t(codes, (g.flatten(0, -2), scale)).view(*g.shape[:-1], -1)
+
+    def mm_plus(self, x, u, B):
+        """x [N, in] · Wᵀ + u [N, r] · Bᵀ, B [out, r]. Sums over r would read and write all of y once more; where W is
+        made anew for a product anyway, u rides in the last columns of x and B in those of W."""
+        if self.fp8:
+            codes, scale = self.e4m3()
+            W = torch.cat((codes, (pad(B, 1).float() / scale).to(torch.float8_e4m3fn)), 1)
+            return scaled_mm(*to_e4m3(x, pad(u, 1)), W, scale, x.dtype)
+        if self.compressed and torch.compiler.is_compiling() and self.out_features > self.in_features:
+            return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
+        return add(self.mm(x), u, B.t())
+
+    def mm_t_plus(self, g, du, A):
+        """g [N, out] · W + du [N, r] · A, A [r, in]: likewise, with A below the rows of W."""
+        if self.fp8:
+            (codes, scale), (A, a) = self.e4m3(again=True), to_e4m3(pad(A, 0))
+            return fp8_mm_t(torch.cat((codes, A)), (g, scale), (pad(du, 1), a))
+        if self.compressed and torch.compiler.is_compiling() and self.in_features > self.out_features:
+            return torch.cat((g, pad(du, 1)), 1) @ torch.cat((self.full(g.dtype, again=True), pad(A, 0)))
+        return add(self.mm_t(g), du, A)
 
     def forward(self, x):
         y = FrozenMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def plain(name, tensor):
-    """make_linear for model.load: frozen, uncompressed."""
-    return Plain(tensor)
+def pad(t, dim):
+    """Zeros up to a multiple of 128, the tile of a matmul: other widths cost a third of its speed."""
+    return F.pad(t, (0, 0) * (1 - dim) + (0, -t.shape[dim] % 128))
+
+
+def add(y, u, B):
+    """y + u · B, in y's place. The compiler makes the sum where it is used; in place, 2.11's loses every gradient."""
+    return y + u @ B if torch.compiler.is_compiling() else y.addmm_(u, B)
+
+
+def frozen(tensor):
+    return nn.Parameter(tensor, requires_grad=False)  # codes and scales too: they shard, save and move like weights
+
+
+class Plain(Frozen):
+    """W as it was stored, in the dtype it was loaded in; the product is made in x's dtype."""
+    compressed = False
+
+    def __init__(self, weight):
+        super().__init__(weight.shape)
+        self.weight = frozen(weight)
+
+    def full(self, dtype, again=False):
+        return self.weight.to(dtype)
+
+    def e4m3(self, again=False):
+        return to_e4m3(self.weight)
+
+
+class FP8(Frozen):
+    """W in e4m3; each row has a scale that takes its largest magnitude to e4m3's, 448."""
+
+    def __init__(self, weight):
+        super().__init__(weight.shape)
+        self.weight, self.scale = map(frozen, to_e4m3(weight))
+
+    def full(self, dtype, again=False):
+        return (self.weight.float() * self.scale).to(dtype)
+
+    def e4m3(self, again=False):
+        return self.weight, self.scale
+
+
+class NF4(Frozen):
+    """W in 4 bits with double quantisation: a block of 64 weights has an absmax; those, less their mean, are kept in 8
+    bits, a block of 256 at a time."""
+
+    def __init__(self, weight):
+        super().__init__(weight.shape)
+        ops, table = bitsandbytes(weight.device), dynamic_map(weight.device)
+        codes, absmax = ops.quantize_4bit(weight.contiguous(), 64, "nf4", torch.uint8)
+        self.offset = frozen(absmax.mean())
+        absmax, nested = ops.quantize_blockwise(absmax - self.offset, table, 256)
+        self.weight, self.absmax, self.nested = frozen(codes), frozen(absmax), frozen(nested)
+        self.register_buffer("table", table, persistent=False)
+        w = self.full(torch.bfloat16)
+        self.scale = frozen(torch.maximum(w.amax(1, keepdim=True), -w.amin(1, keepdim=True)).float().clamp(1e-12) / 448)
+
+    def parts(self, again):
+        """Codes [out * in / 2, 1], the high half of a byte first, and absmax [out * in / 64] in fp32.
+
+        again: the same by another name. Else the compiler sees that backward decompresses what forward did, and keeps
+        the decompressed weight in between."""
+        codes, absmax = (self.weight.flatten(), self.absmax.flatten()) if again else (self.weight, self.absmax)
+        ops = torch.ops.bitsandbytes
+        return codes, ops.dequantize_blockwise(absmax, self.nested, self.table, 256, torch.float32) + self.offset
+
+    def full(self, dtype, again=False):
+        codes, absmax = self.parts(again)
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", self.shape, dtype)
+
+    def e4m3(self, again=False):
+        return (self.full(torch.bfloat16, again).float() / self.scale).to(torch.float8_e4m3fn), self.scale
+
+
+KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
+
+
+def make_linear(kind):
+    """The make_linear of model.load for --quant: (name, tensor) -> a frozen layer."""
+    def make(name, tensor):
+        if kind == "nf4" and tensor.shape[1] % 64:
+            raise UserError(f"--quant nf4: {name} is {tensor.shape[1]} wide, no multiple of its block of 64; "
+                            "use --quant fp8 or none.")
+        return KINDS[kind](tensor)
+    return make
+
+
+def count(model, dtype):
+    """(frozen layers, their bytes in dtype, their bytes as they are kept, bytes of all other weights)."""
+    layers = [m for m in model.modules() if isinstance(m, Frozen)]
+    before = sum(m.out_features * m.in_features for m in layers) * dtype.itemsize
+    after, everything = (sum(p.nbytes for m in ms for p in m.parameters()) for ms in (layers, [model]))
+    return len(layers), before, after, everything - after
+
+
+def multiply_in_fp8(model, device):
+    """--fp8: every frozen layer multiplies in e4m3 from here on. Cards have it from compute capability 8.9 (Ada) on."""
+    if device.type == "mps" or device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError(f"--fp8: this {device.type} device has no fp8 (GPUs have it from compute capability 8.9 on); "
+                        "drop --fp8.")
+    for name, layer in model.named_modules():
+        if isinstance(layer, Frozen):
+            if device.type == "cuda" and (layer.in_features % 16 or layer.out_features % 16):
+                raise UserError(f"--fp8: {name} is {layer.shape}, no multiple of the tiles of 16; drop --fp8.")
+            layer.fp8 = True
+
+
+# --- fp8 products ---
+
+
+def to_e4m3(*parts):
+    """Parts [N, K1], [N, K2], … side by side -> (codes e4m3 [N, K], scale fp32 [N, 1]), about codes * scale. A scale a
+    row: an outlier costs its own row only."""
+    top = functools.reduce(torch.maximum, [p.abs().amax(-1, keepdim=True) for p in parts])
+    scale = top.float().clamp(min=1e-12) / 448
+    codes = [(p.float() / scale).to(torch.float8_e4m3fn) for p in parts]
+    return codes[0] if len(codes) == 1 else torch.cat(codes, 1), scale
+
+
+# torch._scaled_mm takes row scales on a CPU from 2.13 on
+SCALED_MM = {"cuda": True, "cpu": tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)}
+
+
+def scaled_mm(a, scale_a, b, scale_b, dtype):
+    """(a [M, K] · b [N, K]ᵀ) * scale_a [M, 1] * scale_b [N, 1]ᵀ of e4m3 codes. -> [M, N]; sums in fp32"""
+    if SCALED_MM.get(a.device.type):
+        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16,
+                                use_fast_accum=a.is_cuda).to(dtype)
+    return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(dtype)
+
+
+def fp8_mm_t(codes, *pairs):
+    """g · W for one or more pairs (g [N, out], scale [out, 1]) side by side, W about codes [sum of out, in] * scale.
+
+    The rows of W are summed over here, so their scales go into g before its cast: the same codes serve both ways."""
+    g, scale_g = to_e4m3(*(g.float() * scale.t() for g, scale in pairs))
+    one = torch.ones(codes.shape[1], 1, device=g.device)
+    return scaled_mm(g, scale_g, codes.t().contiguous(), one, pairs[0][0].dtype)
+
+
+# --- bitsandbytes, only where a flag needs it ---
+
+
+@functools.cache
+def bitsandbytes(device):
+    """torch.ops.bitsandbytes, or an error that says what is missing for this device."""
+    instead = "; use --quant none and --optim adamw, which do without"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"this needs bitsandbytes (pip install bitsandbytes){instead}.")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # a machine without a GPU is no mistake
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from bitsandbytes.cextension import lib
+    if device.type not in ("cuda", "cpu") or device.type == "cuda" and not lib.compiled_with_cuda:
+        raise UserError(f"bitsandbytes has no library for this {device.type} with torch {torch.__version__}{instead}.")
+    return torch.ops.bitsandbytes
+
+
+@functools.cache
+def dynamic_map(device):
+    """The 256 values of the 8-bit format in which absmax is kept; one table for all layers."""
+    from bitsandbytes.functional import create_dynamic_map
+    return create_dynamic_map().to(device)
 
 
 # --- the arithmetic of this machine ---
@@ -76,14 +281,13 @@ def pick_dtype(name, device):
     native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: True,
               "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[device.type]()
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"this {device.type}"
+    why = "as asked"
     if name == "auto":
-        name = "bf16" if native else "fp32"
+        name = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
         why = f"{where} has {'' if native else 'no '}bf16 instructions"
-    else:
-        why = "as asked"
-    kept = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    kept = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     if name == "bf16" and not native:
         if device.type == "cuda":
-            raise UserError(f"--dtype bf16: {where} has no bf16; use --dtype fp32.")
+            raise UserError(f"--dtype bf16: {where} has no bf16; use --dtype fp16.")
         return kept, torch.float32, f"weights kept in bf16, arithmetic in fp32: {where} has no bf16 instructions"
     return kept, kept, why

@@ -181,7 +181,7 @@ def load(cfg):
     base = folder if full else convert.resolve(cfg.model or (info["config"]["model"] if info else ""), cache)
     if info and not full and state.fingerprint(base) != info["base_fingerprint"]:
         raise UserError(f"{base} is not what {folder} was trained on: it has changed. Name the right one with --model.")
-    model = models.load(base, device, kept, quant.plain)
+    model = models.load(base, device, kept, quant.make_linear("none"))
     model.dtype = compute
     if info and not full:
         lora.load(model, folder)

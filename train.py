@@ -52,12 +52,16 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
     lora_targets: str = "all"          # all, or layers with commas: q_proj,v_proj
     rslora: bool = False               # scale by alpha / sqrt(r)
     # --- speed and memory: each can be switched off; the ladder in README.md has what each buys ---
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of weights and arithmetic -> quant.py
-    attn: Literal["naive", "flash"] = "flash"  # flash: the scores are never held -> model.py
+    quant: Literal["none", "nf4", "fp8"] = "none"  # how the frozen weights are kept: 4 or 8 bits -> quant.py
+    fp8: bool = False                  # how they are multiplied: in e4m3, on cards that have it -> quant.py
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of all other weights and arithmetic -> quant.py
+    attn: Literal["naive", "flash", "cudnn"] = "flash"  # scores never held; cudnn: where few lengths occur -> model.py
     fused_loss: bool = True            # the logits are never held in full -> model.py
     grad_ckpt: bool = False            # keep one tensor a block, compute the block again in backward
+    offload_ckpt: bool = False         # keep it in pinned host memory while the other blocks run
+    offload_embed: bool = False        # keep the input embedding in host memory
     compile: bool = False              # torch.compile, one graph for all blocks and lengths
-    optim: Literal["adamw"] = "adamw"  # the optimiser
+    optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8bit: a quarter of the states; paged: to host
     grad_accum: int = 1                # micro-batches a step: the gradient of one batch that many times larger
     # --- schedule ---
     lr: float = 1e-3                   # peak learning rate, then cosine to 0; measured at 135M, 8B wants 2e-4
@@ -74,7 +78,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
 
 # what a resumed run may change: everything else would make it another run
 FREE = {"out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter", "attn", "fused_loss",
-        "grad_ckpt", "compile", "max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"}
+        "grad_ckpt", "offload_ckpt", "offload_embed", "compile", "max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"}
 
 
 def check(cfg):
@@ -86,6 +90,11 @@ def check(cfg):
               patience=(0, big), eval_every=(1, big), save_every=(1, big))
     if cfg.init_adapter and not cfg.lora_r:
         raise UserError("--init_adapter needs an adapter to begin with: it cannot go with --lora_r 0.")
+    if not cfg.lora_r and (cfg.quant != "none" or cfg.fp8 or cfg.dtype == "fp16"):
+        raise UserError("--lora_r 0 trains all weights, and 4 or 8 bits or fp16 are too coarse for its small steps: "
+                        "drop --quant, --fp8 and --dtype fp16, or train an adapter (--lora_r 16).")
+    if cfg.offload_ckpt and not cfg.grad_ckpt:
+        raise UserError("--offload_ckpt moves what --grad_ckpt keeps: add --grad_ckpt.")
 
 
 # --- 1. the model: frozen, with an adapter; or all of it ---
@@ -95,10 +104,20 @@ def build(cfg, folder, device):
     """(model, {name: trained parameter}, autocast for --lora_r 0). One receipt a flag."""
     kept, compute, why = quant.pick_dtype(cfg.dtype, device)
     say("dtype", f"{str(kept)[6:]} ({why})")
-    say("attn", {"flash": "scaled_dot_product_attention: scores are never held", "naive": "four plain lines"}[cfg.attn])
+    say("attn", "four plain lines" if cfg.attn == "naive" else "scaled_dot_product_attention: scores are never held")
+    # cuDNN's is the quicker one on an H100, but plans for 0.1 s and more at each length that it has not seen
+    torch.backends.cuda.enable_cudnn_sdp(cfg.attn == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(cfg.attn != "cudnn")
     if cfg.lora_r:
-        model = models.load(folder, device, kept, quant.plain, flash=cfg.attn == "flash")
+        model = models.load(folder, device, kept, quant.make_linear(cfg.quant), flash=cfg.attn != "naive")
         model.dtype = compute
+        if cfg.quant != "none":
+            layers, before, after, rest = quant.count(model, kept)
+            say("quant", f"{cfg.quant}: {layers} layers, {before / 1e9:.2f} GB in {str(kept)[6:]} -> {after / 1e9:.2f} GB; "
+                f"embedding, head and norms stay {str(kept)[6:]}: {rest / 1e9:.2f} GB")
+        if cfg.fp8:
+            quant.multiply_in_fp8(model, device)
+            say("fp8", "frozen matmuls, forward and input gradient, in e4m3 with a scale a row")
         if cfg.init_adapter and not cfg.resume:
             have = lora.read_config(cfg.init_adapter)
             if (have["r"], have["alpha"], have["rslora"]) != (cfg.lora_r, cfg.lora_alpha, cfg.rslora):
@@ -113,24 +132,98 @@ def build(cfg, folder, device):
             + (f", from {cfg.init_adapter}" if cfg.init_adapter else ""))
         autocast = contextlib.nullcontext()
     else:  # fp32 masters: bf16 would lose most of Adam's steps; autocast makes the arithmetic bf16
-        model = models.load(folder, device, torch.float32, flash=cfg.attn == "flash")
+        model = models.load(folder, device, torch.float32, flash=cfg.attn != "naive")
         params = {models.hf_name(name): p for name, p in model.named_parameters()}
         say("lora", f"off: all {sum(p.numel() for p in params.values()):,} weights are trained, in fp32")
         autocast = torch.autocast(device.type, compute, enabled=compute != torch.float32)
+    if cfg.offload_embed:
+        embed = model.embed_tokens
+        if model.cfg.tie_word_embeddings or not cfg.lora_r:
+            raise UserError("--offload_embed: this embedding is the head or is trained too, so it must stay; drop the flag.")
+        embed.weight.data = embed.weight.data.cpu()
+        say("offload", f"the input embedding, {embed.weight.nbytes / 1e9:.2f} GB, is in host memory")
     if cfg.grad_ckpt:  # Chen et al. 2016: of each block only its input is kept
-        model.around = partial(checkpoint, use_reentrant=False, preserve_rng_state=cfg.lora_dropout > 0)
         say("grad_ckpt", f"{len(model.layers)} blocks keep one tensor each and are computed again in backward")
+        if not cfg.compile or cfg.lora_dropout:
+            model.around = partial(checkpoint, use_reentrant=False, preserve_rng_state=cfg.lora_dropout > 0)
     if cfg.compile:  # one block is small and all are alike: one graph, for every length
+        if not any(map(shutil.which, ("g++", "clang++", "c++", "gcc", "clang", "cc"))):
+            raise UserError("--compile needs a C++ compiler (apt install g++); everything runs without --compile.")
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
+        # the compiler's own checkpoint: nothing but the inputs is kept, and what only the output needs (down_proj) is
+        # not computed again; it would draw dropout's mask again, so with dropout it is not used
+        torch._functorch.config.activation_memory_budget = 0 if cfg.grad_ckpt and not cfg.lora_dropout else 1
         for block in model.layers:
             block.compile(dynamic=True)
+        model.loss_chunk = torch.compile(models.loss_chunk, dynamic=True)
         say("compile", "each block, one graph for all lengths; the first step takes longer")
+    if cfg.offload_ckpt:
+        model.around = Offload(model.around, device)
+        say("offload", "what blocks keep is in " + ("pinned host memory" if device.type == "cuda" else
+            "another copy: this device has no memory of its own, so the flag buys nothing here"))
     return model, params, autocast
 
 
-def make_optimizer(cfg, params):
-    kinds = {"adamw": partial(torch.optim.AdamW, fused=True)}
-    say("optim", f"{cfg.optim}, {8 * sum(p.numel() for p in params.values()) / 1e6:.0f} MB of states")
+class Offload:
+    """--offload_ckpt: the one tensor that a checkpointed block keeps, its input, goes to pinned host memory on a side
+    stream while the block runs, and comes back while backward is in the block behind it."""
+
+    def __init__(self, around, device):
+        self.around, self.device, self.cuda = around, device, device.type == "cuda"
+        self.side = torch.cuda.Stream() if self.cuda else None
+        self.host, self.index, self.back = {}, {}, {}
+
+    def __call__(self, block, x, *args):
+        if not torch.is_grad_enabled():
+            return self.around(block, x, *args)
+        i = self.index.setdefault(block, len(self.index))
+
+        def pack(t):  # weights are saved too: they stay
+            return self.send(i, t) if t.shape == x.shape and t.data_ptr() == x.data_ptr() else t
+
+        def unpack(t):
+            return t if isinstance(t, torch.Tensor) else self.fetch(*t)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.around(block, x, *args)
+
+    def send(self, i, x):
+        if i not in self.host or self.host[i].numel() < x.numel():  # the longest batch comes first: allocated once
+            self.host[i] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=self.cuda)
+        with self.on_side():
+            self.host[i][:x.numel()].view(x.shape).copy_(x.detach(), non_blocking=True)
+            if self.cuda:
+                x.record_stream(self.side)
+        return i, x.shape
+
+    def fetch(self, i, shape):
+        for j in (i, i - 1):  # this one, unless it is on its way already, and the one that is wanted next
+            if j >= 0 and j not in self.back:
+                with self.on_side():
+                    x = self.host[j][:shape.numel()].view(shape).to(self.device, non_blocking=True)
+                    self.back[j] = x, self.side.record_event() if self.cuda else None
+        x, ready = self.back.pop(i)
+        if self.cuda:
+            torch.cuda.current_stream().wait_event(ready)
+            x.record_stream(torch.cuda.current_stream())
+        return x
+
+    @contextlib.contextmanager
+    def on_side(self):
+        if self.cuda:
+            self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):  # None: does nothing
+            yield
+
+
+def make_optimizer(cfg, params, device):
+    kinds, note, sizes = {"adamw": partial(torch.optim.AdamW, fused=True)}, "", [p.numel() for p in params.values()]
+    if cfg.optim != "adamw":  # 8-bit states for tensors of 4,096 numbers and more (Dettmers et al. 2021)
+        quant.bitsandbytes(device)
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+        kinds |= {"adamw8bit": AdamW8bit, "paged_adamw8bit": PagedAdamW8bit if device.type == "cuda" else AdamW8bit}
+        note = ", unpaged: only a GPU has pages" if "paged" in cfg.optim and device.type != "cuda" else ""
+    states = sum(n * 8 if cfg.optim == "adamw" or n < 4096 else n * 2 + n / 32 for n in sizes)
+    say("optim", f"{cfg.optim}{note}, {states / 1e6:.0f} MB of states")
     return kinds[cfg.optim](params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 
@@ -206,7 +299,8 @@ def evaluate(model, held, cfg, text, device, autocast):
     for batch, in data.feed(held, batches, device, cfg.mask_prompt, text.bos):
         with autocast:
             h = model(batch.ids)
-            part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, fused=cfg.fused_loss)
+            part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, 1.0, cfg.fused_loss,
+                                   model.loss_chunk)
         total += part.item()
         count += len(batch.targets)
     model.train()
@@ -316,7 +410,9 @@ def resumed_flags(out):
 
 ADVICE = [  # in order of gain
     ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss),
-    ("--attn flash", lambda c: c.attn != "flash"), ("--dtype bf16", lambda c: c.dtype == "fp32"),
+    ("--quant nf4", lambda c: c.lora_r and c.quant == "none"), ("--attn flash", lambda c: c.attn != "flash"),
+    ("--offload_ckpt", lambda c: c.grad_ckpt and not c.offload_ckpt), ("--dtype bf16", lambda c: c.dtype == "fp32"),
+    ("--optim adamw8bit", lambda c: c.optim == "adamw"),
     ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
     ("a smaller --max_len", lambda c: True)]
 
@@ -360,12 +456,12 @@ def main():
     if not cfg.batch_tokens and len(heap.train) < per_step:
         say("note", f"a step wants {per_step} recipes and there are {len(heap.train)}: it trains on those")
     model, params, autocast = build(cfg, base, device)
-    optimizer = make_optimizer(cfg, params)
+    optimizer = make_optimizer(cfg, params, device)
 
     info = about(cfg, rules, base, heap, held, text, model)
     run = state.Run(cfg.out, cfg.resume)
     facts = {"step": 0, "total": total, "best_val": None, "best_step": 0, "val_before": None, "val": None,
-             "without_progress": 0}
+             "without_progress": 0, "loss_scale": 2.0**16 if model.dtype == torch.float16 else 1.0}
     if cfg.resume:
         same_run(run, info)
         facts = run.load_state(optimizer, params)
@@ -395,7 +491,7 @@ def main():
         return facts["step"]
 
     first, saved = facts["step"] + 1, facts["step"] if cfg.resume else None
-    peak, seconds, tokens = 0.0, 0.0, 0
+    peak, seconds, launching, tokens, graphs, checked = 0.0, 0.0, 0.0, 0, [], False
     model.train()
     with state.Stop() as stop, out_of_memory(cfg, model, device):
         if facts["val_before"] is None:
@@ -413,36 +509,49 @@ def main():
                 break
 
             # one step: the mean over all its target tokens, however they are spread over the micro-batches
-            began, loss = time.time(), 0.0
+            began, loss, scale = time.time(), 0.0, facts["loss_scale"]
             targets = sum(len(batch.targets) for batch in batches)
             real, padded = sum(batch.real for batch in batches), sum(batch.ids.numel() for batch in batches)
             for batch in batches:
                 with autocast:
                     h = model(batch.ids)
-                    head = model.lm_head.weight
-                    part = models.sum_loss(h, head, batch.where, batch.targets, 1 / targets, cfg.fused_loss)
+                    part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, scale / targets,
+                                           cfg.fused_loss, model.loss_chunk)
                 peak = max(peak, peak_memory(device))
                 part.backward()
-                loss += part.detach()
-            if step == first:
-                check_gradients(model, params)
+                loss += part.detach() / scale
+            if scale != 1:
+                torch._foreach_mul_([p.grad for p in params.values()], 1 / scale)
             norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip or math.inf)
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, cfg)
-            optimizer.step()
+            overflow = model.dtype == torch.float16 and not norm.isfinite()
+            if not overflow:
+                if not checked:
+                    check_gradients(model, params)
+                    checked = True
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, total, cfg)
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+            launched = time.time()
             loss, norm, took = float(loss), float(norm), time.time() - began  # float() waits for the GPU
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) or scale < 2**-10:
                 rows = [int(i) for i in batch.rows[:8]]
                 raise UserError(f"the loss is {loss} at step {step} (recipes {rows} â€¦): lower --lr or use "
                                 f"--dtype fp32. {run.folder} keeps what was last saved.")
+            if overflow:
+                facts["loss_scale"] /= 2
+                bar.line("overflow", f"step {step} is skipped, the loss scale halved to {facts['loss_scale']:g}")
+            elif model.dtype == torch.float16 and step % 2000 == 0:
+                facts["loss_scale"] *= 2
             if step == first:
                 bar.line("first step", f"{took:.1f} s, compilation and warm-up in it")
             else:
-                seconds, tokens = seconds + took, tokens + real
+                seconds, tokens, launching = seconds + took, tokens + real, launching + launched - began
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
             facts["step"], peak = step, max(peak, peak_memory(device))
-            line = {"step": step, "loss": loss, "lr": lr_at(step, total, cfg), "grad_norm": norm,
+            line = {"step": step, "loss": loss, "lr": lr_at(step, total, cfg),
+                    "grad_norm": None if overflow else norm,
                     "target_tokens": targets, "tokens_per_s": round(real / took, 1),
                     "padding": round(1 - real / padded, 4), "peak_mem_gb": round(peak, 3)}
             bar.step(1, f"loss {loss:.3f}  {real / took:.0f} tok/s  {peak:.2f} GB")
@@ -463,6 +572,10 @@ def main():
             say("stopped", f"after step {facts['step']}, saved. Go on with: python train.py --resume --out {cfg.out}")
             return stop.exit_code
 
+    if cfg.compile:
+        say("compile", f"{graphs[-1]} graphs, {graphs[-1] - graphs[min(10, len(graphs)) - 1]} of them after step 10")
+    if seconds:
+        say("host", f"{launching / seconds:.0%} of a step's time goes by before its last kernel is launched")
     draw_curve(run)
     if device.type == "cuda":
         say("memory", f"{peak:.2f} GB allocated at the peak, {torch.cuda.max_memory_reserved() / 1e9:.2f} GB reserved")

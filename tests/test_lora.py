@@ -57,7 +57,7 @@ def biased(tmp_path_factory):
 
 
 def frozen(folder, dtype=None):
-    return models.load(folder, dtype=dtype, make_linear=quant.plain)
+    return models.load(folder, dtype=dtype, make_linear=quant.make_linear("none"))
 
 
 def reference(folder):
@@ -140,7 +140,7 @@ def assert_near(got, wanted, rtol):
 @pytest.mark.parametrize("bias", [False, True])
 def test_plain_layer_computes_what_a_linear_layer_does(bias):
     W, b, x = torch.randn(7, 5), torch.randn(7) if bias else None, torch.randn(2, 3, 5, requires_grad=True)
-    layer, g = quant.plain("layers.0.q_proj", W.clone()), torch.randn(2, 3, 7)
+    layer, g = quant.make_linear("none")("layers.0.q_proj", W.clone()), torch.randn(2, 3, 7)
     layer.bias = b
     y = layer(x)
     torch.testing.assert_close(y, F.linear(x, W, b))
@@ -150,7 +150,7 @@ def test_plain_layer_computes_what_a_linear_layer_does(bias):
 
 
 def test_plain_layer_keeps_its_dtype_and_multiplies_in_that_of_its_input():
-    layer, x = quant.plain("layers.0.q_proj", torch.randn(7, 5).bfloat16()), torch.randn(3, 5)
+    layer, x = quant.make_linear("none")("layers.0.q_proj", torch.randn(7, 5).bfloat16()), torch.randn(3, 5)
     assert layer.weight.dtype == torch.bfloat16 and not layer.weight.requires_grad
     assert layer(x).dtype == layer.mm_t(torch.randn(3, 7)).dtype == torch.float32
     torch.testing.assert_close(layer(x), x @ layer.weight.float().t())
@@ -165,7 +165,7 @@ def kept_for_backward(function, *args):
 
 
 def test_plain_layer_keeps_nothing_for_backward():
-    layer = quant.plain("layers.0.q_proj", torch.randn(7, 5))
+    layer = quant.make_linear("none")("layers.0.q_proj", torch.randn(7, 5))
     assert kept_for_backward(layer, torch.randn(3, 5, requires_grad=True)) == []
 
 
@@ -178,7 +178,7 @@ def group(adapted, bias=False, dropout=0.0, r=3, dtype=torch.float32):
     """Layers of SIZES on an input of 8, those in `adapted` with an A and a B, and the same as tensors in float64."""
     g, layers, exact = torch.Generator().manual_seed(0), [], []
     for i, out in enumerate(SIZES):
-        layer = quant.plain("", torch.randn(out, 8, generator=g).to(dtype))
+        layer = quant.make_linear("none")("", torch.randn(out, 8, generator=g).to(dtype))
         layer.bias = torch.nn.Parameter(torch.randn(out, generator=g).to(dtype), requires_grad=False) if bias else None
         A = B = None
         if i in adapted:
