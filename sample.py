@@ -97,7 +97,7 @@ def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, tempera
 
     numbers: number of the sample for each row, so that the same prompt can be asked for several texts. on_token(row,
     id) is called as tokens come."""
-    device, cfg = model.embed_tokens.weight.device, model.cfg
+    device, cfg = model.lm_head.weight.device, model.cfg
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     T, B = int(lengths.max()), len(prompts)
     if T >= cfg.max_position_embeddings:

@@ -160,10 +160,10 @@ class Run:
         """params {name: parameter}, the optimiser, the random generators and facts (JSON: step, best loss, …)."""
         tensors = {f"param.{name}": p for name, p in params.items()}
         scalars = {}
-        for i, values in optimizer.state_dict()["state"].items():
-            for key, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optim.{i}.{key}"] = value
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            for key, value in optimizer.state[p].items():
+                if isinstance(value, torch.Tensor):  # bitsandbytes' tables are one tensor for all: not in safetensors
+                    tensors[f"optim.{i}.{key}"] = value.clone() if key.startswith("qmap") else value
                 else:
                     scalars[f"{i}.{key}"] = value
         tensors["random.cpu"] = torch.get_rng_state()
@@ -191,12 +191,12 @@ class Run:
                 raise UserError(f"{path} does not fit this model: {name} is missing or has another shape.")
             with torch.no_grad():
                 p.copy_(saved)
-        state = {}
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         for key, value in [*tensors.items(), *((f"optim.{k}", v) for k, v in scalars.items())]:
             if key.startswith("optim."):
                 _, i, name = key.split(".", 2)
-                state.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                p = trained[int(i)]
+                optimizer.state[p][name] = value.to(p.device) if isinstance(value, torch.Tensor) else value
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])

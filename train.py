@@ -108,9 +108,12 @@ def build(cfg, folder, device):
     # cuDNN's is the quicker one on an H100, but plans for 0.1 s and more at each length that it has not seen
     torch.backends.cuda.enable_cudnn_sdp(cfg.attn == "cudnn")
     torch.backends.cuda.enable_flash_sdp(cfg.attn != "cudnn")
+    began = time.time()
     if cfg.lora_r:
         model = models.load(folder, device, kept, quant.make_linear(cfg.quant), flash=cfg.attn != "naive")
         model.dtype = compute
+        peak = f", {peak_memory(device):.2f} GB at the peak" if device.type == "cuda" else ""
+        say("loaded", f"{folder.name} in {time.time() - began:.1f} s{peak}")
         if cfg.quant != "none":
             layers, before, after, rest = quant.count(model, kept)
             say("quant", f"{cfg.quant}: {layers} layers, {before / 1e9:.2f} GB in {str(kept)[6:]} -> {after / 1e9:.2f} GB; "
@@ -216,15 +219,22 @@ class Offload:
 
 
 def make_optimizer(cfg, params, device):
-    kinds, note, sizes = {"adamw": partial(torch.optim.AdamW, fused=True)}, "", [p.numel() for p in params.values()]
-    if cfg.optim != "adamw":  # 8-bit states for tensors of 4,096 numbers and more (Dettmers et al. 2021)
+    """The optimiser and what it steps on: an adapter's hundreds of small tensors become views of one, so that a step
+    is one kernel instead of hundreds (bitsandbytes waits for the GPU after each)."""
+    kinds, note, trained = {"adamw": partial(torch.optim.AdamW, fused=True)}, "", list(params.values())
+    if cfg.optim != "adamw":  # states in 8 bits with an absmax a block of 256 (Dettmers et al. 2021)
         quant.bitsandbytes(device)
         from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
         kinds |= {"adamw8bit": AdamW8bit, "paged_adamw8bit": PagedAdamW8bit if device.type == "cuda" else AdamW8bit}
         note = ", unpaged: only a GPU has pages" if "paged" in cfg.optim and device.type != "cuda" else ""
-    states = sum(n * 8 if cfg.optim == "adamw" or n < 4096 else n * 2 + n / 32 for n in sizes)
+    if cfg.lora_r:
+        flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in trained]))
+        for p, part in zip(trained, flat.detach().split([p.numel() for p in trained])):
+            p.data = part.view_as(p)
+        trained = [flat]
+    states = sum(p.numel() * 8 if cfg.optim == "adamw" or p.numel() < 4096 else p.numel() * 65 / 32 for p in trained)
     say("optim", f"{cfg.optim}{note}, {states / 1e6:.0f} MB of states")
-    return kinds[cfg.optim](params.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return kinds[cfg.optim](trained, lr=cfg.lr, weight_decay=cfg.weight_decay), trained
 
 
 # --- 2. checks of the classic silent mistakes ---
@@ -250,6 +260,8 @@ def check_data(cfg, heap, text):
 
 def check_gradients(model, params):
     """After the first backward: a LoRA that is not trained looks like a run that learns slowly."""
+    if model.dtype == torch.float16 and not all(p.grad is None or p.grad.isfinite().all() for p in params.values()):
+        return False  # the loss scale is too high yet
     wrong = [name for name, p in params.items() if p.grad is None or not p.grad.isfinite().all()
              or ".lora_B." in name and not p.grad.any()]
     if wrong:
@@ -259,6 +271,7 @@ def check_gradients(model, params):
     if leaked:
         raise UserError(f"{leaked[0]} is frozen and got a gradient.")
     say("check", f"all {len(params)} trained tensors get a gradient, no frozen one does")
+    return True
 
 
 # --- 3. schedule and plan: pure functions of the step ---
@@ -456,7 +469,7 @@ def main():
     if not cfg.batch_tokens and len(heap.train) < per_step:
         say("note", f"a step wants {per_step} recipes and there are {len(heap.train)}: it trains on those")
     model, params, autocast = build(cfg, base, device)
-    optimizer = make_optimizer(cfg, params, device)
+    optimizer, trained = make_optimizer(cfg, params, device)
 
     info = about(cfg, rules, base, heap, held, text, model)
     run = state.Run(cfg.out, cfg.resume)
@@ -520,14 +533,16 @@ def main():
                 peak = max(peak, peak_memory(device))
                 part.backward()
                 loss += part.detach() / scale
+            checked = checked or check_gradients(model, params)
+            if cfg.lora_r:
+                trained[0].grad = torch.cat([p.grad.flatten() for p in params.values()])
+                for p in params.values():
+                    p.grad = None
             if scale != 1:
-                torch._foreach_mul_([p.grad for p in params.values()], 1 / scale)
-            norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip or math.inf)
+                trained[0].grad /= scale
+            norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
             overflow = model.dtype == torch.float16 and not norm.isfinite()
             if not overflow:
-                if not checked:
-                    check_gradients(model, params)
-                    checked = True
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, total, cfg)
                 optimizer.step()

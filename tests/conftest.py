@@ -80,7 +80,7 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
         "model_type": "llama",
         "vocab_size": tokenizer.get_vocab_size(),
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -96,7 +96,7 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
     g = torch.Generator().manual_seed(seed)
-    C, F, V = 64, 96, config["vocab_size"]
+    C, F, V = 64, 128, config["vocab_size"]
     shapes = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
     for i in range(layers):
         at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
