@@ -2,7 +2,6 @@
 
     python bench.py                              # every row, on Llama-3-8B's shape
     python bench.py --rows 1 2 4 --peers unsloth   # the same recipes through Unsloth, where it is installed
-    python bench.py --shape tiny --rows 1 2 4 --device cpu  # does it run at all
 
 One JSON line a row on stdout, as it goes. Only real tokens count; padding is a number of its own. The weights are made
 once, as a Hugging Face folder with shards; a word of the made-up tokenizer is a token, so a recipe's length is exact.
@@ -82,24 +81,24 @@ def make_model(folder, shape):
         save_file({n: (torch.randn(shapes[n], **place) * 0.02 if len(shapes[n]) > 1 else
                        torch.ones(shapes[n], **place)) for n in mine}, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(mine, file)
-    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, **{f"w{i}": i for i in range(1, V)}}, unk_token="</s>"))
+    words = {"</s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, V)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": C, "intermediate_size": F,
               "num_hidden_layers": blocks, "num_attention_heads": H, "num_key_value_heads": K, "head_dim": D,
               "vocab_size": V, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-              "tie_word_embeddings": False, "hidden_act": "silu", "bos_token_id": None, "eos_token_id": 0,
-              "torch_dtype": "bfloat16"}
+              "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0, "torch_dtype": "bfloat16"}
     # random weights never end a text by themselves: every token may, and the recipe that train.py shows is one long
     for name, what in (("config", config), ("generation_config", {"eos_token_id": list(range(V))}),
-                       ("tokenizer_config", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}),
+                       ("tokenizer_config", {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}),
                        ("model.safetensors.index", {"metadata": {}, "weight_map": where})):
         (folder / f"{name}.json").write_text(json.dumps(what))
     (folder / "done").touch()
 
 
 def lengths_of(kind, rows, steps):
-    """Recipe lengths in tokens: all alike, or log-normal as recipes are (median 200, sigma 0.45, 48 to 512)."""
+    """Lengths in tokens: all alike, or log-normal as recipes are (median 200, sigma 0.45, 48 to 512)."""
     if kind != "sorted":
         return [2048 if kind == "long" else 256] * (rows * steps)
     drawn = np.random.default_rng(1).lognormal(np.log(200), 0.45, 320)
@@ -108,7 +107,7 @@ def lengths_of(kind, rows, steps):
 
 def make_recipes(file, lengths, vocab):
     rng = np.random.default_rng(2)
-    file.write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in rng.integers(1, vocab, n))}) + "\n"
+    file.write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in rng.integers(2, vocab, n))}) + "\n"
                             for n in lengths))
     return file
 
@@ -211,7 +210,7 @@ def run_peer(tool, cfg, root):
         rates, first = [], None
         for cut in cuts * (2 if kind == "sorted" else 1):
             real = torch.arange(max(cut)) < torch.tensor(cut)[:, None]
-            ids = torch.randint(1, SHAPES[cfg.shape][-1], real.shape) * real
+            ids = torch.randint(2, SHAPES[cfg.shape][-1], real.shape) * real
             batch = {"input_ids": ids, "labels": ids.masked_fill(~real, -100)}
             batch |= {} if real.all() else {"attention_mask": real.long()}
             torch.cuda.synchronize()

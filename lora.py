@@ -41,18 +41,16 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
         self.train(base.training)  # a model in eval() stays so: no dropout
 
-    def mm(self, x):
-        return self.base.mm(x)
+    def mm(self, x, *uB):
+        """x · Wᵀ, and u · Bᵀ added, by the frozen layer itself if it can (quant.py)."""
+        if not uB or getattr(self.base, "joins", False):
+            return self.base.mm(x, *uB)
+        return self.base.mm(x) + uB[0] @ uB[1].t()
 
-    def mm_t(self, g):
-        return self.base.mm_t(g)
-
-    def mm_plus(self, x, u, B):
-        """x · Wᵀ + u · Bᵀ; quant.py's layers make it one product."""
-        return self.base.mm_plus(x, u, B) if hasattr(self.base, "mm_plus") else self.mm(x) + u @ B.t()
-
-    def mm_t_plus(self, g, du, A):
-        return self.base.mm_t_plus(g, du, A) if hasattr(self.base, "mm_t_plus") else self.mm_t(g) + du @ A
+    def mm_t(self, g, *duA):
+        if not duA or getattr(self.base, "joins", False):
+            return self.base.mm_t(g, *duA)
+        return self.base.mm_t(g) + duA[0] @ duA[1]
 
 
 def cast(layers, params, dtype):
@@ -80,10 +78,7 @@ class GroupMatmul(torch.autograd.Function):
         u = h @ A.t()  # [N, R]: one product for all A
         out = []
         for layer in layers:
-            if not isinstance(layer, LoRA):
-                out.append(layer.mm(x))
-            else:
-                out.append(layer.mm_plus(x, u, Bs.pop(0)))
+            out.append(layer.mm(x, u, Bs.pop(0)) if isinstance(layer, LoRA) else layer.mm(x))
         ctx.layers, ctx.dropped = layers, xd is not None
         ctx.save_for_backward(h, u, *params)
         return tuple(out)
@@ -102,7 +97,7 @@ class GroupMatmul(torch.autograd.Function):
         dA = (du.t() @ h).float()                                                # [R, in]
         if ctx.needs_input_grad[0]:  # W once more, however it is kept; du · A goes along with an adapted layer's
             last = max(i for i, layer in enumerate(ctx.layers) if isinstance(layer, LoRA)) if not ctx.dropped else -1
-            parts = [layer.mm_t_plus(g, du, A) if i == last else layer.mm_t(g)
+            parts = [layer.mm_t(g, *([du, A] if i == last else []))
                      for i, (layer, g) in enumerate(zip(ctx.layers, grads))]
             dx = sum(parts[1:], start=parts[0])
         if ctx.dropped:

@@ -1,6 +1,5 @@
 """A Llama-3-architecture model in plain PyTorch: Llama 2 / 3 / 3.1 / 3.2, SmolLM2, TinyLlama, Mistral without window.
 
-    cfg = read_config(folder)                       # config.json of transformers 4 or 5
     model = load(folder, device="cuda", dtype=torch.bfloat16)
     h = model(ids)                                  # [B, T] token ids -> [B, T, C] after the last norm
     loss = sum_loss(h, model.lm_head.weight, where, targets)
@@ -221,9 +220,8 @@ class Llama(nn.Module):
 
 
 def loss_chunk(h, W, targets, scale):
-    """(sum of the cross-entropies of h [rows, C], scale * their gradient by the logits [rows, V] in h's dtype).
-
-    The scale goes in while the numbers are fp32: an fp16 gradient of one token among thousands would be cast to 0."""
+    """(sum of the cross-entropies of h [rows, C], scale * their gradient by the logits [rows, V] in h's dtype). The
+    scale goes in while the numbers are fp32: an fp16 gradient of one token among thousands would be cast to 0."""
     z = (h @ W.t()).float()  # [rows, V]
     lse = z.logsumexp(-1, keepdim=True)
     loss = (lse - z.gather(-1, targets[:, None])).sum()
@@ -240,9 +238,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, scale, chunk):
         want_h, want_w, *_ = ctx.needs_input_grad
-        W, scale = weight.to(h.dtype), torch.full((), scale, device=h.device)
+        W, scale, total = weight.to(h.dtype), torch.full((), scale, device=h.device), torch.zeros((), device=h.device)
         rows = max(1, 2**26 // W.shape[0] // 64 * 64)  # 256 MB of fp32 logits, in whole tiles of a matmul
-        total = torch.zeros((), device=h.device)
         dh = torch.empty_like(h) if want_h else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if want_w else None
         for i in range(0, h.shape[0], rows):
@@ -266,16 +263,14 @@ def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk)
     """scale * sum of the cross-entropies of the target positions.
 
     h [B, T, C] from the model, weight [V, C] of the head, where [N] = b * T + t of the positions that predict a target,
-    targets [N] the ids they are to predict. The caller divides by the target tokens of a whole step, through scale.
-    chunk: loss_chunk, or a compiled one."""
+    targets [N] the ids they are to predict. The caller divides by the target tokens of a whole step, through scale."""
     h = h.flatten(0, 1)[where]  # [N, C]: the head is not asked about padding or prompts
     if fused:
         return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale, chunk)
     return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, reduction="sum") * scale
 
 
-def logits(model, h):
-    """[..., C] -> [..., V]"""
+def logits(model, h):  # [..., C] -> [..., V]
     return F.linear(h, model.lm_head.weight.to(h.dtype))
 
 
@@ -315,13 +310,11 @@ def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True)
     becomes what make_linear(name, tensor) makes of it, and is forgotten: the peak is the finished model and one tensor.
 
     Loud: every tensor of the checkpoint is used once, every parameter filled once, every shape checked."""
-    folder = Path(folder)
     with torch.device("meta"):
         model = Llama(read_config(folder), flash)
     model.frequencies = rope_frequencies(model.cfg).to(device)
-    wanted = {hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
-    if model.cfg.tie_word_embeddings:
-        del wanted["lm_head.weight"]
+    wanted = {hf_name(name): (name, p.shape) for name, p in model.named_parameters()
+              if name != "lm_head.weight" or not model.cfg.tie_word_embeddings}
     for file in shards(folder):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:

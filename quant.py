@@ -6,8 +6,10 @@ A frozen layer is any module with
     mm_t(g)     g · W,  [*, out] -> [*, in]: the gradient of mm's input
     forward(x)  one autograd function around the two, which keeps nothing of x and nothing of W
 
-so whoever stands on it (lora.py) need not know how W is kept. The kinds here can also take a LoRA's product along with
-their own: mm_plus(x, u, B), x · Wᵀ + u · Bᵀ, and mm_t_plus(g, du, A), g · W + du · A. Three kinds, and the bytes of one 4096 × 4096 matrix:
+so whoever stands on it (lora.py) need not know how W is kept. The kinds here also take a LoRA's two small products
+along (`joins`): mm(x, u, B) is x · Wᵀ + u · Bᵀ and mm_t(g, du, A) is g · W + du · A.
+
+Three kinds, and the bytes of one 4096 × 4096 matrix:
 
     Plain  as stored, bf16 say: 2 a weight                                                  33,554,432
     FP8    e4m3 codes, 1 a weight: 16,777,216; an fp32 scale a row: 16,384                  16,793,600: 1.001 a weight
@@ -15,9 +17,9 @@ their own: mm_plus(x, u, B), x · Wᵀ + u · Bᵀ, and mm_t_plus(g, du, A), g �
            own absmax, fp32, one a block of 256 of them: 4,096; one fp32 offset: 4;
            an fp32 scale a row, for --fp8: 16,384
 
-NF4 (QLoRA, Dettmers et al. 2023) divides a block by its largest magnitude and keeps, for each weight, the nearest of
-16 values that are equally likely under a normal distribution. Quantising and back are bitsandbytes' operators, on the
-CPU and on the GPU alike, called through torch.ops, where torch.compile sees them without a graph break.
+NF4 (QLoRA, Dettmers et al. 2023) divides a block by its largest magnitude and keeps for each weight the nearest of 16
+values, equally likely under a normal distribution. Quantising and back are bitsandbytes' operators, on CPU and GPU
+alike, called through torch.ops, where torch.compile sees them without a graph break.
 """
 import functools
 import importlib.util
@@ -31,63 +33,63 @@ from torch import nn
 from cli import UserError
 
 
-class FrozenMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return layer.mm(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.layer.mm_t(grad), None
-
-
 class Frozen(nn.Module):
-    """What the kinds share. A kind has full(dtype), W [out, in] in that dtype, and e4m3(), W as fp8 codes and scales.
-
-    again=True is how backward asks: NF4 needs to know."""
+    """What the kinds share. A kind has full(dtype), W [out, in] in that dtype, and e4m3(), W as fp8 codes and scales;
+    again=True is how backward asks for them, which NF4 must know."""
     fp8 = False  # --fp8: how it is multiplied, whatever it is kept as
     compressed = True  # W is made anew for each product
+    joins = True  # mm and mm_t take a LoRA's products along
 
     def __init__(self, shape):
         super().__init__()
-        self.shape, self.bias = tuple(shape), None
-        self.out_features, self.in_features = self.shape
+        self.shape = self.out_features, self.in_features = tuple(shape)
+        self.bias = None
 
-    def mm(self, x):
-        if not self.fp8:
-            return x @ self.full(x.dtype).t()
-        return scaled_mm(*to_e4m3(x.flatten(0, -2)), *self.e4m3(), x.dtype).view(*x.shape[:-1], -1)
-
-    def mm_t(self, g):
-        if not self.fp8:
-            return g @ self.full(g.dtype, again=True)
-        codes, scale = self.e4m3(again=True)
-        return fp8_mm_t(codes, (g.flatten(0, -2), scale)).view(*g.shape[:-1], -1)
-
-    def mm_plus(self, x, u, B):
-        """x [N, in] · Wᵀ + u [N, r] · Bᵀ, B [out, r]. Sums over r would read and write all of y once more; where W is
-        made anew for a product anyway, u rides in the last columns of x and B in those of W."""
+    def mm(self, x, u=None, B=None):
+        """x [*, in] · Wᵀ; for a LoRA + u [N, r] · Bᵀ, B [out, r]. Sums over r alone would read and write all of y once
+        more: where W is made anew for a product anyway, u rides in the last columns of x and B in those of W."""
         if self.fp8:
             codes, scale = self.e4m3()
-            W = torch.cat((codes, (pad(B, 1).float() / scale).to(torch.float8_e4m3fn)), 1)
-            return scaled_mm(*to_e4m3(x, pad(u, 1)), W, scale, x.dtype)
-        if self.compressed and torch.compiler.is_compiling() and self.out_features > self.in_features:
+            parts = [x.flatten(0, -2)]
+            if u is not None:
+                parts.append(pad(u, 1))
+                both = torch.maximum(scale, B.abs().amax(1, keepdim=True).float() / 448)  # W's own, but for a huge B
+                codes = torch.cat([(t.float() / s).to(torch.float8_e4m3fn) for t, s in
+                                   ((codes, both / scale), (pad(B, 1), both))], 1)
+                scale = both
+            y = scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype)
+            return attach(y, parts[0]).view(*x.shape[:-1], -1)
+        out, width = self.shape
+        if u is not None and self.compressed and torch.compiler.is_compiling() and out > width:
             return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
-        return add(self.mm(x), u, B.t())
+        y = x @ self.full(x.dtype).t()
+        return y if u is None else add(y, u, B.t())
 
-    def mm_t_plus(self, g, du, A):
-        """g [N, out] · W + du [N, r] · A, A [r, in]: likewise, with A below the rows of W."""
+    def mm_t(self, g, du=None, A=None):
+        """g [*, out] · W; for a LoRA + du [N, r] · A, A [r, in]: likewise, with A below the rows of W."""
         if self.fp8:
-            (codes, scale), (A, a) = self.e4m3(again=True), to_e4m3(pad(A, 0))
-            return fp8_mm_t(torch.cat((codes, A)), (g, scale), (pad(du, 1), a))
-        if self.compressed and torch.compiler.is_compiling() and self.in_features > self.out_features:
+            codes, scale = self.e4m3(again=True)
+            pairs = [(g.flatten(0, -2), scale)]
+            if du is not None:
+                A, a = to_e4m3(pad(A, 0))
+                pairs.append((pad(du, 1), a))
+                codes = torch.cat((codes, A))
+            return fp8_mm_t(codes, *pairs).view(*g.shape[:-1], -1)
+        out, width = self.shape
+        if du is not None and self.compressed and torch.compiler.is_compiling() and width > out:
             return torch.cat((g, pad(du, 1)), 1) @ torch.cat((self.full(g.dtype, again=True), pad(A, 0)))
-        return add(self.mm_t(g), du, A)
+        dx = g @ self.full(g.dtype, again=True)
+        return dx if du is None else add(dx, du, A)
 
     def forward(self, x):
         y = FrozenMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def attach(y, x):
+    """torch._scaled_mm has no derivative, and 2.11's compiler takes what an autograd function makes of it for a
+    constant: every gradient would be lost without a term in x. It is fused into y's next use."""
+    return y + 0 * x[:, :1] if torch.compiler.is_compiling() else y
 
 
 def pad(t, dim):
@@ -98,6 +100,17 @@ def pad(t, dim):
 def add(y, u, B):
     """y + u · B, in y's place. The compiler makes the sum where it is used; in place, 2.11's loses every gradient."""
     return y + u @ B if torch.compiler.is_compiling() else y.addmm_(u, B)
+
+
+class FrozenMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return layer.mm(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.layer.mm_t(grad), None
 
 
 def frozen(tensor):
@@ -187,10 +200,9 @@ def count(model, dtype):
 
 
 def multiply_in_fp8(model, device):
-    """--fp8: every frozen layer multiplies in e4m3 from here on. Cards have it from compute capability 8.9 (Ada) on."""
+    """--fp8: every frozen layer multiplies in e4m3 from here on."""
     if device.type == "mps" or device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        raise UserError(f"--fp8: this {device.type} device has no fp8 (GPUs have it from compute capability 8.9 on); "
-                        "drop --fp8.")
+        raise UserError("--fp8: this device has no fp8 (GPUs have it from compute capability 8.9 on); drop --fp8.")
     for name, layer in model.named_modules():
         if isinstance(layer, Frozen):
             if device.type == "cuda" and (layer.in_features % 16 or layer.out_features % 16):
@@ -237,57 +249,19 @@ def fp8_mm_t(codes, *pairs):
 @functools.cache
 def bitsandbytes(device):
     """torch.ops.bitsandbytes, or an error that says what is missing for this device."""
-    instead = "; use --quant none and --optim adamw, which do without"
+    instead = "use --quant none (or fp8) and --optim adamw, which do without"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"this needs bitsandbytes (pip install bitsandbytes){instead}.")
+        raise UserError(f"--quant nf4 and 8-bit optimizers need bitsandbytes (pip install bitsandbytes); {instead}.")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # a machine without a GPU is no mistake
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from bitsandbytes.cextension import lib
     if device.type not in ("cuda", "cpu") or device.type == "cuda" and not lib.compiled_with_cuda:
-        raise UserError(f"bitsandbytes has no library for this {device.type} with torch {torch.__version__}{instead}.")
+        raise UserError(f"bitsandbytes has no library for this {device.type} with torch {torch.__version__}; {instead}.")
     return torch.ops.bitsandbytes
 
 
 @functools.cache
-def dynamic_map(device):
-    """The 256 values of the 8-bit format in which absmax is kept; one table for all layers."""
+def dynamic_map(device):  # the 256 values of the 8-bit format in which absmax is kept; one table for all layers
     from bitsandbytes.functional import create_dynamic_map
     return create_dynamic_map().to(device)
-
-
-# --- the arithmetic of this machine ---
-
-
-def pick_device(name):
-    """"auto": the GPU if there is one. mps is taken where torch has it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("only cuda, mps and cpu are supported")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} does not work here ({str(e).splitlines()[0]}); try --device cpu.") from None
-    return device
-
-
-def pick_dtype(name, device):
-    """(dtype that frozen weights are kept in, dtype of the arithmetic, why).
-
-    A CPU without bf16 instructions makes bf16 products many times slower than fp32 ones: there bf16 is only how weights
-    are kept, half of fp32's memory, and the product is made in fp32."""
-    native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: True,
-              "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[device.type]()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"this {device.type}"
-    why = "as asked"
-    if name == "auto":
-        name = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
-        why = f"{where} has {'' if native else 'no '}bf16 instructions"
-    kept = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-    if name == "bf16" and not native:
-        if device.type == "cuda":
-            raise UserError(f"--dtype bf16: {where} has no bf16; use --dtype fp16.")
-        return kept, torch.float32, f"weights kept in bf16, arithmetic in fp32: {where} has no bf16 instructions"
-    return kept, kept, why

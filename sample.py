@@ -25,6 +25,7 @@ import convert
 import data
 import lora
 import model as models
+import plan
 import quant
 import state
 from cli import UserError, say
@@ -164,8 +165,8 @@ def read_prompts(path, text):
 
 def load(cfg):
     """(model, Text, run.json or None) of a run with its base, or of a base alone."""
-    device = quant.pick_device(cfg.device)
-    kept, compute, why = quant.pick_dtype(cfg.dtype, device)
+    device = plan.pick_device(cfg.device)
+    kept, compute, why = plan.pick_dtype(cfg.dtype, device)
     folder, info = Path(cfg.run or "out"), None
     if cfg.run or not cfg.model:
         in_run = next((p for p in (folder / "run.json", folder.parent / "run.json") if p.exists()), None)

@@ -17,7 +17,6 @@ import math
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ import convert
 import data
 import lora
 import model as models
+import plan
 import quant
 import recipes
 import state
@@ -78,7 +78,8 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
 
 # what a resumed run may change: everything else would make it another run
 FREE = {"out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter", "attn", "fused_loss",
-        "grad_ckpt", "offload_ckpt", "offload_embed", "compile", "max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"}
+        "grad_ckpt", "offload_ckpt", "offload_embed", "compile", "max_steps", "epochs", "patience", "eval_every",
+        "save_every", "allow_bad"}
 
 
 def check(cfg):
@@ -102,7 +103,7 @@ def check(cfg):
 
 def build(cfg, folder, device):
     """(model, {name: trained parameter}, autocast for --lora_r 0). One receipt a flag."""
-    kept, compute, why = quant.pick_dtype(cfg.dtype, device)
+    kept, compute, why = plan.pick_dtype(cfg.dtype, device)
     say("dtype", f"{str(kept)[6:]} ({why})")
     say("attn", "four plain lines" if cfg.attn == "naive" else "scaled_dot_product_attention: scores are never held")
     # cuDNN's is the quicker one on an H100, but plans for 0.1 s and more at each length that it has not seen
@@ -112,12 +113,12 @@ def build(cfg, folder, device):
     if cfg.lora_r:
         model = models.load(folder, device, kept, quant.make_linear(cfg.quant), flash=cfg.attn != "naive")
         model.dtype = compute
-        peak = f", {peak_memory(device):.2f} GB at the peak" if device.type == "cuda" else ""
+        peak = f", {plan.peak_memory(device):.2f} GB at the peak" if device.type == "cuda" else ""
         say("loaded", f"{folder.name} in {time.time() - began:.1f} s{peak}")
         if cfg.quant != "none":
             layers, before, after, rest = quant.count(model, kept)
-            say("quant", f"{cfg.quant}: {layers} layers, {before / 1e9:.2f} GB in {str(kept)[6:]} -> {after / 1e9:.2f} GB; "
-                f"embedding, head and norms stay {str(kept)[6:]}: {rest / 1e9:.2f} GB")
+            say("quant", f"{cfg.quant}: {layers} layers, {before / 1e9:.2f} GB -> {after / 1e9:.2f}; embedding, head and "
+                f"norms stay {str(kept)[6:]}: {rest / 1e9:.2f} GB")
         if cfg.fp8:
             quant.multiply_in_fp8(model, device)
             say("fp8", "frozen matmuls, forward and input gradient, in e4m3 with a scale a row")
@@ -142,7 +143,7 @@ def build(cfg, folder, device):
     if cfg.offload_embed:
         embed = model.embed_tokens
         if model.cfg.tie_word_embeddings or not cfg.lora_r:
-            raise UserError("--offload_embed: this embedding is the head or is trained too, so it must stay; drop the flag.")
+            raise UserError("--offload_embed: this embedding is the head too, or trained: it must stay; drop the flag.")
         embed.weight.data = embed.weight.data.cpu()
         say("offload", f"the input embedding, {embed.weight.nbytes / 1e9:.2f} GB, is in host memory")
     if cfg.grad_ckpt:  # Chen et al. 2016: of each block only its input is kept
@@ -152,70 +153,22 @@ def build(cfg, folder, device):
     if cfg.compile:  # one block is small and all are alike: one graph, for every length
         if not any(map(shutil.which, ("g++", "clang++", "c++", "gcc", "clang", "cc"))):
             raise UserError("--compile needs a C++ compiler (apt install g++); everything runs without --compile.")
+        from torch._functorch import config as aot
+        from torch._inductor import config as inductor
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
-        # the compiler's own checkpoint: nothing but the inputs is kept, and what only the output needs (down_proj) is
-        # not computed again; it would draw dropout's mask again, so with dropout it is not used
-        torch._functorch.config.activation_memory_budget = 0 if cfg.grad_ckpt and not cfg.lora_dropout else 1
+        inductor.shape_padding = False  # it asks for a graph of its own for each range of lengths
+        # the compiler's own checkpoint keeps the inputs only, and computes nothing again that only the output needs
+        # (down_proj); with dropout it is not used, since it would draw another mask
+        aot.activation_memory_budget = 0 if cfg.grad_ckpt and not cfg.lora_dropout else 1
         for block in model.layers:
             block.compile(dynamic=True)
         model.loss_chunk = torch.compile(models.loss_chunk, dynamic=True)
         say("compile", "each block, one graph for all lengths; the first step takes longer")
     if cfg.offload_ckpt:
-        model.around = Offload(model.around, device)
-        say("offload", "what blocks keep is in " + ("pinned host memory" if device.type == "cuda" else
-            "another copy: this device has no memory of its own, so the flag buys nothing here"))
+        model.around = plan.Offload(model.around, device)
+        say("offload", "what blocks keep is in " + (
+            "pinned host memory" if device.type == "cuda" else "a copy, which buys nothing where GPU and host are one"))
     return model, params, autocast
-
-
-class Offload:
-    """--offload_ckpt: the one tensor that a checkpointed block keeps, its input, goes to pinned host memory on a side
-    stream while the block runs, and comes back while backward is in the block behind it."""
-
-    def __init__(self, around, device):
-        self.around, self.device, self.cuda = around, device, device.type == "cuda"
-        self.side = torch.cuda.Stream() if self.cuda else None
-        self.host, self.index, self.back = {}, {}, {}
-
-    def __call__(self, block, x, *args):
-        if not torch.is_grad_enabled():
-            return self.around(block, x, *args)
-        i = self.index.setdefault(block, len(self.index))
-
-        def pack(t):  # weights are saved too: they stay
-            return self.send(i, t) if t.shape == x.shape and t.data_ptr() == x.data_ptr() else t
-
-        def unpack(t):
-            return t if isinstance(t, torch.Tensor) else self.fetch(*t)
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self.around(block, x, *args)
-
-    def send(self, i, x):
-        if i not in self.host or self.host[i].numel() < x.numel():  # the longest batch comes first: allocated once
-            self.host[i] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=self.cuda)
-        with self.on_side():
-            self.host[i][:x.numel()].view(x.shape).copy_(x.detach(), non_blocking=True)
-            if self.cuda:
-                x.record_stream(self.side)
-        return i, x.shape
-
-    def fetch(self, i, shape):
-        for j in (i, i - 1):  # this one, unless it is on its way already, and the one that is wanted next
-            if j >= 0 and j not in self.back:
-                with self.on_side():
-                    x = self.host[j][:shape.numel()].view(shape).to(self.device, non_blocking=True)
-                    self.back[j] = x, self.side.record_event() if self.cuda else None
-        x, ready = self.back.pop(i)
-        if self.cuda:
-            torch.cuda.current_stream().wait_event(ready)
-            x.record_stream(torch.cuda.current_stream())
-        return x
-
-    @contextlib.contextmanager
-    def on_side(self):
-        if self.cuda:
-            self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):  # None: does nothing
-            yield
 
 
 def make_optimizer(cfg, params, device):
@@ -225,8 +178,9 @@ def make_optimizer(cfg, params, device):
     if cfg.optim != "adamw":  # states in 8 bits with an absmax a block of 256 (Dettmers et al. 2021)
         quant.bitsandbytes(device)
         from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-        kinds |= {"adamw8bit": AdamW8bit, "paged_adamw8bit": PagedAdamW8bit if device.type == "cuda" else AdamW8bit}
-        note = ", unpaged: only a GPU has pages" if "paged" in cfg.optim and device.type != "cuda" else ""
+        pages = device.type == "cuda"
+        kinds |= {"adamw8bit": AdamW8bit, "paged_adamw8bit": PagedAdamW8bit if pages else AdamW8bit}
+        note = "" if pages or cfg.optim == "adamw8bit" else ", unpaged: only a GPU has pages"
     if cfg.lora_r:
         flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in trained]))
         for p, part in zip(trained, flat.detach().split([p.numel() for p in trained])):
@@ -370,17 +324,6 @@ def draw_curve(run):
     plt.close(fig)
 
 
-def peak_memory(device):
-    """GB: the GPU's allocated peak; on a CPU the anonymous memory now (a memory-mapped file is not counted)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
 def about(cfg, rules, base, heap, held, text, model):
     """run.json: what this run is."""
     commit = None
@@ -421,30 +364,6 @@ def resumed_flags(out):
     return cfg, rules
 
 
-ADVICE = [  # in order of gain
-    ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss),
-    ("--quant nf4", lambda c: c.lora_r and c.quant == "none"), ("--attn flash", lambda c: c.attn != "flash"),
-    ("--offload_ckpt", lambda c: c.grad_ckpt and not c.offload_ckpt), ("--dtype bf16", lambda c: c.dtype == "fp32"),
-    ("--optim adamw8bit", lambda c: c.optim == "adamw"),
-    ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
-    ("a smaller --max_len", lambda c: True)]
-
-
-@contextlib.contextmanager
-def out_of_memory(cfg, model, device):
-    """Which part was the largest, and which flags help, for the one failure that every user meets."""
-    try:
-        yield
-    except RuntimeError as e:  # torch.OutOfMemoryError is one, and a CPU's allocator raises no better
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-        rest = max(0.0, peak_memory(device) - weights)
-        flags = ", then ".join(flag for flag, helps in ADVICE if helps(cfg))
-        raise UserError(f"out of memory: weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB "
-                        f"or more. Add {flags}. ({str(e).splitlines()[0]})") from None
-
-
 # --- 6. the run ---
 
 
@@ -454,7 +373,7 @@ def main():
         cfg, rules = resumed_flags(cfg.out)
     check(cfg)
     say("config", json.dumps(dataclasses.asdict(cfg), ensure_ascii=False))
-    device = quant.pick_device(cfg.device)
+    device = plan.pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
 
     base = convert.resolve(cfg.model, data.cache_folder(cfg))
@@ -506,18 +425,19 @@ def main():
     first, saved = facts["step"] + 1, facts["step"] if cfg.resume else None
     peak, seconds, launching, tokens, graphs, checked = 0.0, 0.0, 0.0, 0, [], False
     model.train()
-    with state.Stop() as stop, out_of_memory(cfg, model, device):
+    with state.Stop() as stop, plan.out_of_memory(cfg, model, device):
         if facts["val_before"] is None:
             say("before", title)
             write_recipe(model, text, title, cfg)
             facts["val_before"] = measure()
             run.log({"step": 0, "loss": None, "lr": None, "grad_norm": None, "target_tokens": 0, "tokens_per_s": None,
-                     "padding": None, "peak_mem_gb": round(peak_memory(device), 3), "val_loss": facts["val_before"]})
+                     "padding": None, "peak_mem_gb": round(plan.peak_memory(device), 3),
+                     "val_loss": facts["val_before"]})
             say("val_loss", f"{facts['val_before']:.4f} before training")
-        plan = itertools.islice(steps_of_run(heap, cfg), facts["step"], total)
+        steps = itertools.islice(steps_of_run(heap, cfg), facts["step"], total)
         bar = cli.Progress(total, "train")
         bar.step(facts["step"])
-        for step, batches in enumerate(data.feed(heap, plan, device, cfg.mask_prompt, text.bos), first):
+        for step, batches in enumerate(data.feed(heap, steps, device, cfg.mask_prompt, text.bos), first):
             if stop.signal:
                 break
 
@@ -530,9 +450,10 @@ def main():
                     h = model(batch.ids)
                     part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, scale / targets,
                                            cfg.fused_loss, model.loss_chunk)
-                peak = max(peak, peak_memory(device))
+                peak = max(peak, plan.peak_memory(device))
                 part.backward()
                 loss += part.detach() / scale
+            launched = time.time()
             checked = checked or check_gradients(model, params)
             if cfg.lora_r:
                 trained[0].grad = torch.cat([p.grad.flatten() for p in params.values()])
@@ -548,23 +469,20 @@ def main():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            launched = time.time()
             loss, norm, took = float(loss), float(norm), time.time() - began  # float() waits for the GPU
             if not math.isfinite(loss) or scale < 2**-10:
                 rows = [int(i) for i in batch.rows[:8]]
                 raise UserError(f"the loss is {loss} at step {step} (recipes {rows} â€¦): lower --lr or use "
                                 f"--dtype fp32. {run.folder} keeps what was last saved.")
+            facts["loss_scale"] *= 0.5 if overflow else 2.0 if model.dtype == torch.float16 and step % 2000 == 0 else 1.0
             if overflow:
-                facts["loss_scale"] /= 2
                 bar.line("overflow", f"step {step} is skipped, the loss scale halved to {facts['loss_scale']:g}")
-            elif model.dtype == torch.float16 and step % 2000 == 0:
-                facts["loss_scale"] *= 2
             if step == first:
                 bar.line("first step", f"{took:.1f} s, compilation and warm-up in it")
             else:
                 seconds, tokens, launching = seconds + took, tokens + real, launching + launched - began
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-            facts["step"], peak = step, max(peak, peak_memory(device))
+            facts["step"], peak = step, max(peak, plan.peak_memory(device))
             line = {"step": step, "loss": loss, "lr": lr_at(step, total, cfg),
                     "grad_norm": None if overflow else norm,
                     "target_tokens": targets, "tokens_per_s": round(real / took, 1),

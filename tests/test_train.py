@@ -114,10 +114,12 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
         ["--attn", "naive"],
         ["--no-fused_loss"],
         ["--grad_ckpt"],
+        ["--grad_ckpt", "--offload_ckpt"],
         ["--batch_size", 4, "--grad_accum", 2],
         ["--batch_size", 2, "--grad_accum", 4],
         pytest.param(["--compile"], marks=pytest.mark.slow),
         pytest.param(["--compile", "--grad_ckpt"], marks=pytest.mark.slow),
+        pytest.param(["--compile", "--grad_ckpt", "--offload_ckpt"], marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -190,6 +192,20 @@ def test_the_loss_that_is_logged_is_transformers_loss(base, run, tmp_path, tiny_
         ["--max_len", 200],
         ["--lora_alpha", 8],
         ["--optim", "adamw"],
+        ["--optim", "adamw8bit"],
+        ["--optim", "paged_adamw8bit"],
+        ["--optim", "adamw8bit", "--lora_r", 0],
+        ["--quant", "nf4"],
+        ["--quant", "fp8"],
+        ["--quant", "nf4", "--fp8"],
+        ["--quant", "fp8", "--fp8", "--grad_ckpt", "--offload_ckpt"],
+        ["--fp8", "--lora_targets", "q_proj,up_proj"],
+        ["--dtype", "fp16"],
+        ["--dtype", "fp16", "--quant", "nf4", "--no-fused_loss"],
+        ["--attn", "cudnn"],
+        pytest.param(["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt"], marks=pytest.mark.slow),
+        pytest.param(["--quant", "nf4", "--dtype", "fp16", "--compile"], marks=pytest.mark.slow),
+        pytest.param(["--compile", "--grad_ckpt", "--lora_dropout", 0.2], marks=pytest.mark.slow),
         ["--allow_bad", 0.5],
     ],
     ids=str,
@@ -207,6 +223,78 @@ def test_a_run_of_all_weights_can_be_read_by_transformers(base, run, tmp_path):
     trained = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(trained.model.layers[0].mlp.up_proj.weight, saved["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory):
+    """tiny_model with a head of its own."""
+    from safetensors.torch import save_file
+
+    folder = make_model(tmp_path_factory.mktemp("model") / "untied", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_embedding_in_host_memory_changes_nothing(base, run, tmp_path, untied_model):
+    for name, flags in (("a", []), ("b", ["--offload_embed"])):
+        ok(run(*base, "--model", untied_model, "--out", tmp_path / name, *flags))
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_what_offloading_keeps_on_the_device_is_not_the_block_inputs(base, run, tmp_path, monkeypatch):
+    """Each block sends its input away and gets it back; a block that is skipped would be missing here."""
+    seen = []
+    monkeypatch.setattr(train.plan.Offload, "fetch", lambda self, i, shape, f=train.plan.Offload.fetch: (
+        seen.append(i), f(self, i, shape))[1])
+    ok(run(*base, "--out", tmp_path / "out", "--grad_ckpt", "--offload_ckpt", "--max_steps", 1))
+    assert seen == [1, 0]
+
+
+def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp_path, monkeypatch):
+    """A planted overflow at step 3: the adapter stays as it was, the scale is halved, the next step trains."""
+    adapters, cat = [], train.torch.cat
+    calls = []
+    code, out, err = run(*base, "--dtype", "fp16", "--out", tmp_path / "probe", "--max_steps", 1)
+    count = int(err.split(" trained parameters")[0].rsplit(" ", 1)[1].replace(",", ""))
+
+    def plant(tensors, *args, **kwargs):
+        got = cat(tensors, *args, **kwargs)
+        if got.shape == (count,) and not got.requires_grad and len(tensors) > 1:
+            calls.append(got.norm())
+            if len(calls) == 4:  # the first builds the flat parameter, then one a step
+                got[5] = float("inf")
+        return got
+
+    monkeypatch.setattr(train.torch, "cat", plant)
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (adapters.append(1), step(self, *a))[1])
+    code, out, err = run(*base, "--dtype", "fp16", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert err.count("is skipped") == 1 and "step 3 is skipped, the loss scale halved to 32768" in err
+    assert len(adapters) == 5
+    assert [line["grad_norm"] is None for line in metrics(tmp_path / "out")[1:]] == [i == 2 for i in range(6)]
+    assert json.loads((tmp_path / "out" / "state.json").read_text())["loss_scale"] == 32768
+    last = json.loads(out.splitlines()[-1])
+    assert last["val_loss_after"] < last["val_loss_before"]
+
+
+def test_fp16_gradients_are_scaled_before_they_are_cast(base, run, tmp_path, monkeypatch):
+    """The gradient of a token among thousands, 1 / 8192 and less, would be a subnormal fp16 number, or zero."""
+    seen = []
+    chunk = train.models.loss_chunk
+    monkeypatch.setattr(train.models, "loss_chunk", lambda h, W, t, s: (seen.append(chunk(h, W, t, s)), seen[-1])[1])
+    ok(run(*base, "--dtype", "fp16", "--out", tmp_path / "out", "--max_steps", 1))
+    dz = next(dz for _, dz in seen if dz.requires_grad is False and float(dz.abs().max()) > 1)
+    assert dz.dtype == torch.float16 and float((dz == 0).float().mean()) < 0.01
+
+
+def test_adamw8bit_stays_near_adamw(base, run, tmp_path):
+    for optim in ("adamw", "adamw8bit"):
+        ok(run(*base, "--out", tmp_path / optim, "--optim", optim))
+    assert losses(tmp_path / "adamw8bit") == pytest.approx(losses(tmp_path / "adamw"), rel=2e-3)
+    assert losses(tmp_path / "adamw8bit") != losses(tmp_path / "adamw")
 
 
 def test_val_data_is_what_is_measured(base, run, tmp_path):
@@ -244,8 +332,12 @@ def test_init_adapter_begins_where_the_other_ended(base, run, tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(base, run, tmp_path, monkeypatch, number, code):
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(
+    base, run, tmp_path, monkeypatch, number, code, optim
+):
     flags = [*base, "--lora_dropout", 0.1, "--batch_size", 3, "--grad_accum", 2, "--max_steps", 12, "--eval_every", 5]
+    flags += ["--optim", optim]
     ok(run(*flags, "--out", tmp_path / "whole"))
     log = train.state.Run.log
 
@@ -394,6 +486,11 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
         (["--loraX"], "loraX"),
         (["--init_adapter", "/nowhere", "--lora_r", 0], "--lora_r 0"),
         (["--device", "meta"], "meta"),
+        (["--quant", "nf4", "--lora_r", 0], "--lora_r 0"),
+        (["--fp8", "--lora_r", 0], "--lora_r 0"),
+        (["--dtype", "fp16", "--lora_r", 0], "--lora_r 0"),
+        (["--offload_ckpt"], "--grad_ckpt"),
+        (["--offload_embed"], "--offload_embed"),  # the tiny model's head is its embedding
     ],
     ids=str,
 )
@@ -402,6 +499,26 @@ def test_a_mistake_gets_one_sentence(base, run, tmp_path, flags, word):
     assert code == 2 and not out
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ") and word in last and "Traceback" not in err
+
+
+def test_compile_without_a_compiler_is_told(base, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    code, _, err = run(*base, "--out", tmp_path / "out", "--compile")
+    assert code == 2 and "--compile needs a C++ compiler" in err.splitlines()[-1]
+
+
+def test_a_card_without_bf16_takes_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    cuda = torch.device("cuda")
+    assert train.plan.pick_dtype("auto", cuda)[:2] == (torch.float16, torch.float16)
+    with pytest.raises(cli.UserError, match="Tesla T4 has no bf16; use --dtype fp16"):
+        train.plan.pick_dtype("bf16", cuda)
+
+
+def test_the_receipt_of_quantisation_counts_layers_and_bytes(base, run, tmp_path):
+    code, _, err = run(*base, "--out", tmp_path / "out", "--quant", "nf4", "--max_steps", 1)
+    assert code == 0 and "nf4: 14 layers" in err and "embedding, head and norms stay" in err
 
 
 def test_a_run_may_not_be_its_own_base(base, run, tmp_path):

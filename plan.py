@@ -1,0 +1,133 @@
+"""The machine: which device and arithmetic it has, how much memory is in use, and what helps where it runs out."""
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+
+def pick_device(name):
+    """"auto": the GPU if there is one. mps is taken where torch has it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("only cuda, mps and cpu are supported")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} does not work here ({str(e).splitlines()[0]}); try --device cpu.") from None
+    return device
+
+
+def pick_dtype(name, device):
+    """(dtype that frozen weights are kept in, dtype of the arithmetic, why).
+
+    A CPU without bf16 instructions makes bf16 products many times slower than fp32 ones: there bf16 is only how weights
+    are kept, half of fp32's memory, and the product is made in fp32."""
+    native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: True,
+              "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[device.type]()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"this {device.type}"
+    why = "as asked"
+    if name == "auto":
+        name = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
+        why = f"{where} has {'' if native else 'no '}bf16 instructions"
+    kept = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if name == "bf16" and not native:
+        if device.type == "cuda":
+            raise UserError(f"--dtype bf16: {where} has no bf16; use --dtype fp16.")
+        return kept, torch.float32, f"weights kept in bf16, arithmetic in fp32: {where} has no bf16 instructions"
+    return kept, kept, why
+
+
+# --- memory ---
+
+
+def peak_memory(device):
+    """GB: the GPU's allocated peak; on a CPU the anonymous memory now (a memory-mapped file is not counted)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+ADVICE = [  # in order of gain
+    ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss),
+    ("--quant nf4", lambda c: c.lora_r and c.quant == "none"), ("--attn flash", lambda c: c.attn != "flash"),
+    ("--offload_ckpt", lambda c: c.grad_ckpt and not c.offload_ckpt), ("--dtype bf16", lambda c: c.dtype == "fp32"),
+    ("--optim adamw8bit", lambda c: c.optim == "adamw"),
+    ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
+    ("a smaller --max_len", lambda c: True)]
+
+
+@contextlib.contextmanager
+def out_of_memory(cfg, model, device):
+    """Which part was the largest, and which flags help, for the one failure that every user meets."""
+    try:
+        yield
+    except RuntimeError as e:  # torch.OutOfMemoryError is one, and a CPU's allocator raises no better
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        rest = max(0.0, peak_memory(device) - weights)
+        flags = ", then ".join(flag for flag, helps in ADVICE if helps(cfg))
+        raise UserError(f"out of memory: weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB "
+                        f"or more. Add {flags}. ({str(e).splitlines()[0]})") from None
+
+
+class Offload:
+    """--offload_ckpt: the one tensor that a checkpointed block keeps, its input, goes to pinned host memory on a side
+    stream while the block runs, and comes back while backward is in the block behind it."""
+
+    def __init__(self, around, device):
+        self.around, self.device, self.cuda = around, device, device.type == "cuda"
+        self.side = torch.cuda.Stream() if self.cuda else None
+        self.index, self.host, self.back, self.leaving = {}, {}, {}, None
+
+    def __call__(self, block, x, *args):
+        if not torch.is_grad_enabled():
+            return self.around(block, x, *args)
+        i = self.index.setdefault(block, len(self.index))
+
+        def pack(t):  # weights are saved too: they stay
+            return self.send(i, t) if t.shape == x.shape and t.data_ptr() == x.data_ptr() else t
+
+        def unpack(t):
+            return t if isinstance(t, torch.Tensor) else self.fetch(*t)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.around(block, x, *args)
+
+    def copy(self, to, x):
+        if self.cuda:
+            self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):  # None: does nothing
+            to.copy_(x, non_blocking=True)
+        return self.side.record_event() if self.cuda else None
+
+    def wait(self, event):
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def send(self, i, x):
+        if self.leaving:  # the block before: only when its copy is done may its memory be used again
+            self.wait(self.leaving[1])
+        if i not in self.host or self.host[i].numel() < x.numel():  # the longest batch comes first: allocated once
+            self.host[i] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=self.cuda)
+        x = x.detach()
+        self.leaving = x, self.copy(self.host[i][:x.numel()].view(x.shape), x)
+        return i, x.shape
+
+    def fetch(self, i, shape):
+        self.leaving = None
+        for j in (i, i - 1):  # this one, unless it is on its way already, and the one that is wanted next
+            if j >= 0 and j not in self.back:
+                x = torch.empty(shape, dtype=self.host[j].dtype, device=self.device)
+                self.back[j] = x, self.copy(x, self.host[j][:shape.numel()].view(shape))
+        x, ready = self.back.pop(i)
+        self.wait(ready)
+        return x

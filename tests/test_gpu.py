@@ -1,0 +1,171 @@
+"""On the card: every fast path against plain fp32 on the same dequantised weights, at Llama-3-8B's widths.
+
+Two blocks of random weights, B not zero. A loss at random weights says nothing, so the gradient of every A and B is
+compared, and the adapter after 20 steps. Without a GPU these skip; `python -m pytest -m gpu` runs them.
+"""
+
+import pytest
+import torch
+
+import lora
+import model as models
+import plan
+import quant
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+CUDA = torch.device("cuda")
+WIDTHS = models.ModelConfig(8192, 4096, 14336, 2, 32, 8, 128, 2048, 1e-5, 500000.0, {"rope_type": "default"},
+                            False, False, False)
+FP8 = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no fp8")
+
+
+def batch():
+    """Three recipes of different lengths, padded on the right: (ids, where, targets)."""
+    g = torch.Generator().manual_seed(0)
+    lengths, ids = (200, 131, 77), torch.zeros(3, 200, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        ids[row, :n] = torch.randint(0, WIDTHS.vocab_size, (n,), generator=g)
+    where = torch.cat([torch.arange(n - 1) + row * 200 for row, n in enumerate(lengths)])
+    targets = torch.cat([ids[row, 1:n] for row, n in enumerate(lengths)])
+    return ids.cuda(), where.cuda(), targets.cuda()
+
+
+def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, ckpt=False, offload=False, comp=False):
+    """The model as train.build makes it; dequantised: fp32 plain layers that hold what `kind` made of the weights."""
+    torch._dynamo.reset()
+    g = torch.Generator(device="cuda").manual_seed(1)
+    with torch.device("meta"):
+        model = models.Llama(WIDTHS, flash)
+    model.frequencies = models.rope_frequencies(WIDTHS).cuda()
+
+    def make(name, W):
+        made = quant.make_linear(kind)(name, W)
+        return quant.Plain(made.full(torch.float32)) if dequantised else made
+    for name, p in list(model.named_parameters()):
+        t = torch.ones(p.shape, device="cuda") if p.dim() == 1 else \
+            torch.randn(p.shape, device="cuda", generator=g) * 0.02
+        t = t.bfloat16()
+        models.place(model, name, t.float() if dequantised and not name.endswith("_proj.weight") else t, make)
+    model.dtype = torch.float32 if dequantised else dtype
+    if fp8:
+        quant.multiply_in_fp8(model, CUDA)
+    b = torch.Generator().manual_seed(2)
+    for layer in lora.adapt(model, 16, 32):
+        layer.B.data.copy_(torch.randn(layer.B.shape, generator=b) * 0.01)
+    if ckpt and not comp:
+        model.around = lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+    if comp:
+        from torch._functorch import config as aot
+        torch.fx.experimental._config.use_duck_shape = False
+        aot.activation_memory_budget = 0 if ckpt else 1
+        for block in model.layers:
+            block.compile(dynamic=True)
+        model.loss_chunk = torch.compile(models.loss_chunk, dynamic=True)
+    if offload:
+        model.around = plan.Offload(model.around, CUDA)
+    return model
+
+
+def gradients(model):
+    ids, where, targets = batch()
+    loss = models.sum_loss(model(ids), model.lm_head.weight, where, targets, 1 / len(targets), True, model.loss_chunk)
+    loss.backward()
+    grads = {name: p.grad.double() for name, p in lora.parameters(model).items()}
+    for p in lora.parameters(model).values():
+        p.grad = None
+    return grads
+
+
+def after_steps(model, steps=20):
+    """How far 20 steps of AdamW moved the adapter."""
+    params = lora.parameters(model)
+    start = {name: p.detach().clone() for name, p in params.items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=1e-4, weight_decay=0, eps=1e-6)
+    ids, where, targets = batch()
+    for _ in range(steps):
+        models.sum_loss(model(ids), model.lm_head.weight, where, targets, 1 / len(targets), True,
+                        model.loss_chunk).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().double() - start[name].double() for name, p in params.items()}
+
+
+def worst(got, want):
+    return max((((got[n] - want[n]).norm() / want[n].norm()).item(), n) for n in want)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Gradients of plain fp32 with naive attention, for each kind's own dequantised weights."""
+    cache = {}
+
+    def get(kind):
+        if kind not in cache:
+            cache[kind] = gradients(build(kind, dequantised=True, flash=False))
+        return cache[kind]
+    return get
+
+
+ROWS = [  # the flags of bench.py's rows, and the largest relative error of a gradient
+    pytest.param("none", {}, 0.02, id="bf16"),
+    pytest.param("nf4", {}, 0.02, id="nf4"),
+    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True}, 0.02, id="row1"),
+    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True, "fp8": True}, 0.08, id="row2", marks=FP8),
+    pytest.param("fp8", {"comp": True, "fp8": True}, 0.08, id="row3", marks=FP8),
+    pytest.param("none", {"ckpt": True, "comp": True, "fp8": True}, 0.08, id="row5", marks=FP8),
+    pytest.param("nf4", {"dtype": torch.float16}, 0.02, id="fp16"),
+]
+
+
+@pytest.mark.parametrize("kind, how, bound", ROWS)
+def test_gradients_of_every_a_and_b(reference, kind, how, bound):
+    error, name = worst(gradients(build(kind, **how)), reference(kind))
+    print(f"{kind} {how}: largest gradient error {error:.4f} ({name})")
+    assert error <= bound, name
+
+
+@pytest.mark.parametrize("kind, how, bound", [ROWS[2], ROWS[3]])
+def test_the_adapter_after_20_steps(kind, how, bound):
+    error, name = worst(after_steps(build(kind, **how)), after_steps(build(kind, dequantised=True, flash=False)))
+    print(f"{kind} {how}: error of the adapter after 20 steps {error:.4f} ({name})")
+    assert error <= bound, name
+
+
+@pytest.mark.parametrize("fault", ["scale", "block"])
+def test_a_planted_fault_is_found(reference, fault):
+    model = build("nf4", fp8=True)
+    if fault == "scale":
+        model.layers[1].up_proj.base.scale.data *= 1.25  # codes and scale no longer belong together
+        model.layers[1].up_proj.base.e4m3 = lambda again=False, layer=model.layers[1].up_proj.base: (
+            (layer.full(torch.bfloat16, again).float() / layer.scale * 1.25).to(torch.float8_e4m3fn), layer.scale)
+    else:
+        model.layers[0].forward = lambda x, *args: x
+    grads = gradients(model) if fault == "scale" else None
+    if fault == "block":
+        ids, where, targets = batch()
+        models.sum_loss(model(ids), model.lm_head.weight, where, targets, 1 / len(targets)).backward()
+        grads = {n: p.grad.double() if p.grad is not None else torch.zeros_like(p).double()
+                 for n, p in lora.parameters(model).items()}
+    assert worst(grads, reference("nf4"))[0] > 0.08
+
+
+def test_lengths_share_one_graph():
+    """Any number of rows and any length: no graph after the first few."""
+    model = build("nf4", ckpt=True, comp=True)
+    counts = []
+    for B, T in ((4, 512), (16, 203), (16, 311), (2, 64), (5, 1000), (3, 17)):
+        model(torch.randint(0, 8192, (B, T), device="cuda")).sum().backward()
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[-1] - counts[1] == 0, counts
+
+
+def test_offloaded_inputs_leave_the_card():
+    """Between forward and backward the blocks' inputs are in host memory, not on the card."""
+    held = []
+    for offload in (False, True):
+        model = build("nf4", ckpt=True, offload=offload)
+        h = model(batch()[0].repeat(8, 4))
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+        h.sum().backward()
+    assert held[0] - held[1] > 24 * 800 * 4096 * 2 * 0.9  # one of two: the last block's is fetched next anyway
