@@ -9,7 +9,6 @@ once, as a Hugging Face folder with shards; a word of the made-up tokenizer is a
 import dataclasses
 import gc
 import json
-import os
 import re
 import shutil
 import statistics
@@ -239,8 +238,11 @@ def main():
             raise UserError(f"--rows: there is no row {row}; choose among {', '.join(ROWS)}.")
     if cfg.shape not in SHAPES:
         raise UserError(f"--shape {cfg.shape} is none of {', '.join(SHAPES)}.")
+    names = {"unsloth": "unsloth", "liger": "liger_kernel", "hf": "peft"}
+    for tool in cfg.peers:
+        if tool not in names or not any(d.name.replace("-", "_") == names[tool] for d in metadata.distributions()):
+            raise UserError(f"--peers {tool}: not one of {', '.join(names)}, or not installed here.")
     if cfg.peer:
-        os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")  # a folder is all that they need
         return run_peer(cfg.peer, cfg, root)
     make_model(root / cfg.shape, cfg.shape)
     import torch
@@ -249,11 +251,9 @@ def main():
     for row in cfg.rows:
         print(json.dumps({**run_row(cfg, row, root), "card": card, "torch": torch.__version__}), flush=True)
     for tool in cfg.peers:
-        names = {"unsloth": "unsloth", "liger": "liger_kernel", "hf": "peft"}
-        if tool not in names or not any(d.name.replace("-", "_") == names[tool] for d in metadata.distributions()):
-            raise UserError(f"--peers {tool}: not one of {', '.join(names)}, or not installed here.")
         flags = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items() if isinstance(v, (str, int))]
-        subprocess.run([sys.executable, __file__, *flags, "--peer", tool, "--rows", *cfg.rows], check=False)
+        offline = ["env", "HF_HUB_OFFLINE=1", "UNSLOTH_DISABLE_STATISTICS=1"]  # a folder is all that they need
+        subprocess.run([*offline, sys.executable, __file__, *flags, "--peer", tool, "--rows", *cfg.rows], check=False)
 
 
 if __name__ == "__main__":

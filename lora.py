@@ -65,6 +65,13 @@ def cast(layers, params, dtype):
     return A, Bs
 
 
+def forward(x, xd, layers, *params):
+    """-> ([x · Wᵀ + scale * xd · Aᵀ · Bᵀ of each layer], u = xd · Aᵀ)"""
+    A, Bs = cast(layers, params, x.dtype)
+    u = (x if xd is None else xd) @ A.t()  # [N, R]: one product for all A
+    return [layer.mm(x, u, Bs.pop(0)) if isinstance(layer, LoRA) else layer.mm(x) for layer in layers], u
+
+
 class GroupMatmul(torch.autograd.Function):
     """All layers of a group on the input that they share. What is kept for backward: that input once, and u.
 
@@ -73,14 +80,9 @@ class GroupMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, xd, layers, *params):
-        h = x if xd is None else xd
-        A, Bs = cast(layers, params, h.dtype)
-        u = h @ A.t()  # [N, R]: one product for all A
-        out = []
-        for layer in layers:
-            out.append(layer.mm(x, u, Bs.pop(0)) if isinstance(layer, LoRA) else layer.mm(x))
+        out, u = forward(x, xd, layers, *params)
         ctx.layers, ctx.dropped = layers, xd is not None
-        ctx.save_for_backward(h, u, *params)
+        ctx.save_for_backward(x if xd is None else xd, u, *params)
         return tuple(out)
 
     @staticmethod
@@ -114,7 +116,11 @@ def project(x, layers):
     flat, xd, p = x.flatten(0, -2), None, adapted[0].dropout
     if p and adapted[0].training:
         xd = F.dropout(flat, p)  # one mask for the group; peft draws one a layer
-    out = GroupMatmul.apply(flat, xd, layers, *(p for layer in adapted for p in (layer.A, layer.B)))
+    params = [p for layer in adapted for p in (layer.A, layer.B)]
+    if torch.is_grad_enabled():
+        out = GroupMatmul.apply(flat, xd, layers, *params)
+    else:  # an autograd function would break the compiled graph of an evaluation
+        out, _ = forward(flat, xd, layers, *params)
     out = [y if layer.bias is None else y + layer.bias.to(y.dtype) for layer, y in zip(layers, out)]
     return [y.view(*x.shape[:-1], -1) for y in out]
 

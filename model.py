@@ -231,19 +231,19 @@ def loss_chunk(h, W, targets, scale):
 
 class ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies without the [N, V] logits: chunk by chunk, each with its gradient at once, then forgotten.
-
     At 8,192 tokens and Llama-3's vocabulary logits and gradient would be 8 GB in fp32; this holds `rows` of them.
     A frozen head (all but --lora_r 0) gets no gradient. The idea: Liger's fused linear loss, Cut Cross-Entropy."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, scale, chunk):
         want_h, want_w, *_ = ctx.needs_input_grad
-        W, scale, total = weight.to(h.dtype), torch.full((), scale, device=h.device), torch.zeros((), device=h.device)
+        W, total = weight.detach().to(h.dtype), torch.zeros((), device=h.device)
+        scale = torch.full_like(total, scale)
         rows = max(1, 2**26 // W.shape[0] // 64 * 64)  # 256 MB of fp32 logits, in whole tiles of a matmul
         dh = torch.empty_like(h) if want_h else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if want_w else None
         for i in range(0, h.shape[0], rows):
-            hc = h[i:i + rows]
+            hc = h[i:i + rows].detach()
             loss, dz = chunk(hc, W, targets[i:i + rows], scale)
             total += loss
             if want_h:

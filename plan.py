@@ -87,20 +87,23 @@ class Offload:
     def __init__(self, around, device):
         self.around, self.device, self.cuda = around, device, device.type == "cuda"
         self.side = torch.cuda.Stream() if self.cuda else None
-        self.index, self.host, self.back, self.leaving = {}, {}, {}, None
+        self.index, self.host, self.back, self.leaving, self.now = {}, {}, {}, None, None
 
     def __call__(self, block, x, *args):
         if not torch.is_grad_enabled():
             return self.around(block, x, *args)
-        i = self.index.setdefault(block, len(self.index))
+        self.now = self.index.setdefault(block, len(self.index)), x
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            y = self.around(block, x, *args)
+        self.now = None  # autograd keeps the hooks: x must not hang on to them
+        return y
 
-        def pack(t):  # weights are saved too: they stay
-            return self.send(i, t) if t.shape == x.shape and t.data_ptr() == x.data_ptr() else t
+    def pack(self, t):
+        i, x = self.now
+        return self.send(i, t) if t.shape == x.shape and t.data_ptr() == x.data_ptr() else t  # weights stay
 
-        def unpack(t):
-            return t if isinstance(t, torch.Tensor) else self.fetch(*t)
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self.around(block, x, *args)
+    def unpack(self, t):
+        return t if isinstance(t, torch.Tensor) else self.fetch(*t)
 
     def copy(self, to, x):
         if self.cuda:

@@ -17,9 +17,8 @@ Three kinds, and the bytes of one 4096 × 4096 matrix:
            own absmax, fp32, one a block of 256 of them: 4,096; one fp32 offset: 4;
            an fp32 scale a row, for --fp8: 16,384
 
-NF4 (QLoRA, Dettmers et al. 2023) divides a block by its largest magnitude and keeps for each weight the nearest of 16
-values, equally likely under a normal distribution. Quantising and back are bitsandbytes' operators, on CPU and GPU
-alike, called through torch.ops, where torch.compile sees them without a graph break.
+NF4 (QLoRA, Dettmers et al. 2023): the nearest of 16 values that are equally likely under a normal distribution. To it
+and back go bitsandbytes' operators, on CPU and GPU; as torch.ops they break no graph of torch.compile.
 """
 import functools
 import importlib.util
@@ -59,8 +58,7 @@ class Frozen(nn.Module):
                 scale = both
             y = scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype)
             return attach(y, parts[0]).view(*x.shape[:-1], -1)
-        out, width = self.shape
-        if u is not None and self.compressed and torch.compiler.is_compiling() and out > width:
+        if u is not None and self.compressed and torch.compiler.is_compiling() and self.shape[0] > self.shape[1]:
             return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
         y = x @ self.full(x.dtype).t()
         return y if u is None else add(y, u, B.t())
@@ -75,8 +73,7 @@ class Frozen(nn.Module):
                 pairs.append((pad(du, 1), a))
                 codes = torch.cat((codes, A))
             return fp8_mm_t(codes, *pairs).view(*g.shape[:-1], -1)
-        out, width = self.shape
-        if du is not None and self.compressed and torch.compiler.is_compiling() and width > out:
+        if du is not None and self.compressed and torch.compiler.is_compiling() and self.shape[0] < self.shape[1]:
             return torch.cat((g, pad(du, 1)), 1) @ torch.cat((self.full(g.dtype, again=True), pad(A, 0)))
         dx = g @ self.full(g.dtype, again=True)
         return dx if du is None else add(dx, du, A)
@@ -162,10 +159,8 @@ class NF4(Frozen):
         self.scale = frozen(torch.maximum(w.amax(1, keepdim=True), -w.amin(1, keepdim=True)).float().clamp(1e-12) / 448)
 
     def parts(self, again):
-        """Codes [out * in / 2, 1], the high half of a byte first, and absmax [out * in / 64] in fp32.
-
-        again: the same by another name. Else the compiler sees that backward decompresses what forward did, and keeps
-        the decompressed weight in between."""
+        """Codes [out * in / 2, 1] and absmax [out * in / 64] in fp32. again: the same by another name, or the compiler
+        sees that backward decompresses what forward did, and keeps the decompressed weight in between."""
         codes, absmax = (self.weight.flatten(), self.absmax.flatten()) if again else (self.weight, self.absmax)
         ops = torch.ops.bitsandbytes
         return codes, ops.dequantize_blockwise(absmax, self.nested, self.table, 256, torch.float32) + self.offset
@@ -203,11 +198,10 @@ def multiply_in_fp8(model, device):
     """--fp8: every frozen layer multiplies in e4m3 from here on."""
     if device.type == "mps" or device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         raise UserError("--fp8: this device has no fp8 (GPUs have it from compute capability 8.9 on); drop --fp8.")
-    for name, layer in model.named_modules():
-        if isinstance(layer, Frozen):
-            if device.type == "cuda" and (layer.in_features % 16 or layer.out_features % 16):
-                raise UserError(f"--fp8: {name} is {layer.shape}, no multiple of the tiles of 16; drop --fp8.")
-            layer.fp8 = True
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, Frozen)]:
+        if device.type == "cuda" and (layer.in_features % 16 or layer.out_features % 16):
+            raise UserError(f"--fp8: {name} is {layer.shape}, no multiple of the tiles of 16; drop --fp8.")
+        layer.fp8 = True
 
 
 # --- fp8 products ---
@@ -222,8 +216,7 @@ def to_e4m3(*parts):
     return codes[0] if len(codes) == 1 else torch.cat(codes, 1), scale
 
 
-# torch._scaled_mm takes row scales on a CPU from 2.13 on
-SCALED_MM = {"cuda": True, "cpu": tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)}
+SCALED_MM = {"cuda": True, "cpu": tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)}  # has row scales
 
 
 def scaled_mm(a, scale_a, b, scale_b, dtype):
@@ -235,9 +228,8 @@ def scaled_mm(a, scale_a, b, scale_b, dtype):
 
 
 def fp8_mm_t(codes, *pairs):
-    """g · W for one or more pairs (g [N, out], scale [out, 1]) side by side, W about codes [sum of out, in] * scale.
-
-    The rows of W are summed over here, so their scales go into g before its cast: the same codes serve both ways."""
+    """g · W for pairs (g [N, out], scale [out, 1]) side by side, W about codes [sum of out, in] * scale. The rows of W
+    are summed over here, so their scales go into g before its cast: the same codes serve both ways."""
     g, scale_g = to_e4m3(*(g.float() * scale.t() for g, scale in pairs))
     one = torch.ones(codes.shape[1], 1, device=g.device)
     return scaled_mm(g, scale_g, codes.t().contiguous(), one, pairs[0][0].dtype)
@@ -257,7 +249,7 @@ def bitsandbytes(device):
         warnings.simplefilter("ignore")
         from bitsandbytes.cextension import lib
     if device.type not in ("cuda", "cpu") or device.type == "cuda" and not lib.compiled_with_cuda:
-        raise UserError(f"bitsandbytes has no library for this {device.type} with torch {torch.__version__}; {instead}.")
+        raise UserError(f"bitsandbytes has no library for this {device.type} and torch {torch.__version__}; {instead}.")
     return torch.ops.bitsandbytes
 
 

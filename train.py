@@ -3,7 +3,6 @@
     python train.py                                         # SmolLM2-135M on the Wikibooks Cookbook; needs nothing else
     python train.py --lora_r 16 --compile --grad_ckpt          # the same, compiled, with little memory
     python train.py --model meta-llama/Llama-3.1-8B --data full_dataset.csv
-    python train.py --max_steps 3 --val_recipes 8 --max_len 128  # a smoke test
     python train.py --resume --max_steps 200                   # go on where out/ stopped
 
 Read in this order: recipes.py -> data.py (a batch), model.py -> quant.py -> lora.py (a gradient), then this file.
@@ -117,8 +116,8 @@ def build(cfg, folder, device):
         say("loaded", f"{folder.name} in {time.time() - began:.1f} s{peak}")
         if cfg.quant != "none":
             layers, before, after, rest = quant.count(model, kept)
-            say("quant", f"{cfg.quant}: {layers} layers, {before / 1e9:.2f} GB -> {after / 1e9:.2f}; embedding, head and "
-                f"norms stay {str(kept)[6:]}: {rest / 1e9:.2f} GB")
+            say("quant", f"{cfg.quant}: {layers} layers, {before / 1e9:.2f} GB -> {after / 1e9:.2f}; embedding, head "
+                f"and norms stay {str(kept)[6:]}: {rest / 1e9:.2f} GB")
         if cfg.fp8:
             quant.multiply_in_fp8(model, device)
             say("fp8", "frozen matmuls, forward and input gradient, in e4m3 with a scale a row")
@@ -157,8 +156,7 @@ def build(cfg, folder, device):
         from torch._inductor import config as inductor
         torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
         inductor.shape_padding = False  # it asks for a graph of its own for each range of lengths
-        # the compiler's own checkpoint keeps the inputs only, and computes nothing again that only the output needs
-        # (down_proj); with dropout it is not used, since it would draw another mask
+        # the compiler's own checkpoint spares down_proj the second time, too; but it would draw dropout's mask anew
         aot.activation_memory_budget = 0 if cfg.grad_ckpt and not cfg.lora_dropout else 1
         for block in model.layers:
             block.compile(dynamic=True)
@@ -166,8 +164,8 @@ def build(cfg, folder, device):
         say("compile", "each block, one graph for all lengths; the first step takes longer")
     if cfg.offload_ckpt:
         model.around = plan.Offload(model.around, device)
-        say("offload", "what blocks keep is in " + (
-            "pinned host memory" if device.type == "cuda" else "a copy, which buys nothing where GPU and host are one"))
+        where = "pinned host memory" if device.type == "cuda" else "a copy, which buys nothing on this device"
+        say("offload", f"what blocks keep is in {where}")
     return model, params, autocast
 
 
@@ -457,15 +455,12 @@ def main():
             checked = checked or check_gradients(model, params)
             if cfg.lora_r:
                 trained[0].grad = torch.cat([p.grad.flatten() for p in params.values()])
-                for p in params.values():
-                    p.grad = None
-            if scale != 1:
+                model.zero_grad(set_to_none=True)
                 trained[0].grad /= scale
             norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
             overflow = model.dtype == torch.float16 and not norm.isfinite()
             if not overflow:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, total, cfg)
+                optimizer.param_groups[0]["lr"] = lr_at(step, total, cfg)
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -474,7 +469,7 @@ def main():
                 rows = [int(i) for i in batch.rows[:8]]
                 raise UserError(f"the loss is {loss} at step {step} (recipes {rows} …): lower --lr or use "
                                 f"--dtype fp32. {run.folder} keeps what was last saved.")
-            facts["loss_scale"] *= 0.5 if overflow else 2.0 if model.dtype == torch.float16 and step % 2000 == 0 else 1.0
+            facts["loss_scale"] *= 0.5 if overflow else 2 if model.dtype == torch.float16 and step % 2000 == 0 else 1
             if overflow:
                 bar.line("overflow", f"step {step} is skipped, the loss scale halved to {facts['loss_scale']:g}")
             if step == first:

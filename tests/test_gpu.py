@@ -4,6 +4,8 @@ Two blocks of random weights, B not zero. A loss at random weights says nothing,
 compared, and the adapter after 20 steps. Without a GPU these skip; `python -m pytest -m gpu` runs them.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -30,12 +32,13 @@ def batch():
     return ids.cuda(), where.cuda(), targets.cuda()
 
 
-def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, ckpt=False, offload=False, comp=False):
+def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, ckpt=False, offload=False, comp=False,
+          blocks=2):
     """The model as train.build makes it; dequantised: fp32 plain layers that hold what `kind` made of the weights."""
     torch._dynamo.reset()
     g = torch.Generator(device="cuda").manual_seed(1)
     with torch.device("meta"):
-        model = models.Llama(WIDTHS, flash)
+        model = models.Llama(dataclasses.replace(WIDTHS, num_hidden_layers=blocks), flash)
     model.frequencies = models.rope_frequencies(WIDTHS).cuda()
 
     def make(name, W):
@@ -109,6 +112,7 @@ def reference():
 ROWS = [  # the flags of bench.py's rows, and the largest relative error of a gradient
     pytest.param("none", {}, 0.02, id="bf16"),
     pytest.param("nf4", {}, 0.02, id="nf4"),
+    pytest.param("nf4", {"fp8": True}, 0.08, id="fp8", marks=FP8),
     pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True}, 0.02, id="row1"),
     pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True, "fp8": True}, 0.08, id="row2", marks=FP8),
     pytest.param("fp8", {"comp": True, "fp8": True}, 0.08, id="row3", marks=FP8),
@@ -124,7 +128,7 @@ def test_gradients_of_every_a_and_b(reference, kind, how, bound):
     assert error <= bound, name
 
 
-@pytest.mark.parametrize("kind, how, bound", [ROWS[2], ROWS[3]])
+@pytest.mark.parametrize("kind, how, bound", [p for p in ROWS if p.id in ("row1", "row2")])
 def test_the_adapter_after_20_steps(kind, how, bound):
     error, name = worst(after_steps(build(kind, **how)), after_steps(build(kind, dequantised=True, flash=False)))
     print(f"{kind} {how}: error of the adapter after 20 steps {error:.4f} ({name})")
@@ -163,9 +167,9 @@ def test_offloaded_inputs_leave_the_card():
     """Between forward and backward the blocks' inputs are in host memory, not on the card."""
     held = []
     for offload in (False, True):
-        model = build("nf4", ckpt=True, offload=offload)
+        model = build("nf4", ckpt=True, offload=offload, blocks=4)
         h = model(batch()[0].repeat(8, 4))
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
         h.sum().backward()
-    assert held[0] - held[1] > 24 * 800 * 4096 * 2 * 0.9  # one of two: the last block's is fetched next anyway
+    assert held[0] - held[1] > 2 * 24 * 800 * 4096 * 2 * 0.9  # of four: the first's is a leaf, the last's is leaving

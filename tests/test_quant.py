@@ -147,14 +147,15 @@ def test_a_model_is_quantised_while_it_loads(tmp_path):
     frozen = sum(m.weight.nbytes for m in whole.modules() if isinstance(m, quant.Plain))
     assert (layers, before) == (14, frozen) and after < 0.5 * before
     assert rest == sum(p.nbytes for p in whole.parameters()) - frozen
-    ids = torch.arange(20)[None]
-    assert error(small(ids), whole(ids)) < 0.3
+    for name, plain in whole.named_modules():
+        if isinstance(plain, quant.Plain):
+            assert error(small.get_submodule(name).full(torch.float32), plain.weight) < 0.12, name
 
 
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: quant.make_linear("nf4")("layers.3.up_proj", torch.ones(64, 96)), ["layers.3.up_proj", "96", "--quant"]),
+        (lambda: quant.make_linear("nf4")("layers.3.up_proj", torch.ones(64, 96)), ["3.up_proj", "96", "--quant"]),
         (lambda: quant.multiply_in_fp8(torch.nn.Module(), torch.device("mps")), ["--fp8", "8.9", "drop"]),
     ],
 )

@@ -6,6 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import bench
 import cli
 import data
 import recipes
@@ -18,6 +19,7 @@ CONFIGS = {
     "train.py": [train.Config, recipes.Rules],
     "sample.py": [sample.Config],
     "data.py": [data.Data, recipes.Rules, data.Show],
+    "bench.py": [bench.Config],
 }
 
 
@@ -25,7 +27,7 @@ def commands():
     """Every `python X.py …` of the README's code blocks and of the programs' docstrings."""
     texts = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
     texts += [(ROOT / name).read_text(encoding="utf-8").split('"""')[1] for name in CONFIGS]
-    found = re.findall(r"\bpython ((?:train|sample|data)\.py[^\n&|]*)", "\n".join(texts))
+    found = re.findall(r"\bpython ((?:train|sample|data|bench)\.py[^\n&|]*)", "\n".join(texts))
     return sorted({c.split(" #")[0].strip() for c in found})
 
 

@@ -252,6 +252,29 @@ def test_what_offloading_keeps_on_the_device_is_not_the_block_inputs(base, run, 
     assert seen == [1, 0]
 
 
+def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
+    """After a forward pass no block's input is alive but the first, which is a leaf: autograd keeps leaves."""
+    import weakref
+
+    import lora
+    import model as models
+
+    model = models.load(make_model(tmp_path / "m", layers=4), make_linear=train.quant.make_linear("none"))
+    lora.adapt(model, 4, 8)
+    around = train.partial(train.checkpoint, use_reentrant=False)
+    inputs = []
+
+    def watch(block, x, *args):
+        inputs.append(weakref.ref(x))
+        return offload(block, x, *args)
+
+    offload = train.plan.Offload(around, torch.device("cpu"))
+    model.around = watch
+    h = model(torch.arange(40)[None])
+    assert [ref() is not None for ref in inputs] == [True, False, False, False], "still held"
+    h.sum().backward()
+
+
 def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp_path, monkeypatch):
     """A planted overflow at step 3: the adapter stays as it was, the scale is halved, the next step trains."""
     adapters, cat = [], train.torch.cat
