@@ -118,15 +118,16 @@ class Offload:
 
     def send(self, i, x):
         if self.leaving:  # the block before: only when its copy is done may its memory be used again
-            self.wait(self.leaving[1])
+            self.wait(self.leaving[2])
         if i not in self.host or self.host[i].numel() < x.numel():  # the longest batch comes first: allocated once
             self.host[i] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=self.cuda)
         x = x.detach()
-        self.leaving = x, self.copy(self.host[i][:x.numel()].view(x.shape), x)
+        self.leaving = i, x, self.copy(self.host[i][:x.numel()].view(x.shape), x)
         return i, x.shape
 
     def fetch(self, i, shape):
-        self.leaving = None
+        if self.leaving:  # the last block's is still here
+            self.back[self.leaving[0]], self.leaving = self.leaving[1:], None
         for j in (i, i - 1):  # this one, unless it is on its way already, and the one that is wanted next
             if j >= 0 and j not in self.back:
                 x = torch.empty(shape, dtype=self.host[j].dtype, device=self.device)

@@ -195,6 +195,8 @@ class Run:
         for key, value in [*tensors.items(), *((f"optim.{k}", v) for k, v in scalars.items())]:
             if key.startswith("optim."):
                 _, i, name = key.split(".", 2)
+                if int(i) >= len(trained):
+                    raise UserError(f"{path} was saved by another version of this program: start without --resume.")
                 p = trained[int(i)]
                 optimizer.state[p][name] = value.to(p.device) if isinstance(value, torch.Tensor) else value
         torch.set_rng_state(tensors["random.cpu"])

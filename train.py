@@ -394,7 +394,7 @@ def main():
              "without_progress": 0, "loss_scale": 2.0**16 if model.dtype == torch.float16 else 1.0}
     if cfg.resume:
         same_run(run, info)
-        facts = run.load_state(optimizer, params)
+        facts |= run.load_state(optimizer, params)
         run.forget_after(facts["step"])
         say("resume", f"after step {facts['step']}" + (
             "" if total == facts["total"] else
