@@ -222,8 +222,8 @@ def run_peer(tool, cfg, root):
             torch.cuda.synchronize()
             rates.append(sum(cut) / (time.time() - start))
             first = first or round(time.time() - began, 1)
-        passes = {"new_lengths_median": statistics.median(rates[3:20])} if kind == "sorted" else {}
-        print(json.dumps({"row": row, "peer": tool, **figures(rates[20:] if kind == "sorted" else rates[3:]), **passes,
+        new = {"new_lengths_median": statistics.median(rates[3:20])} if kind == "sorted" else {}
+        print(json.dumps({"row": row, "peer": tool, "batch": rows, **new, **figures(rates[20 if new else 3:]),
                           "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2), "loaded": loaded,
                           "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2), "to_first_step_s": first,
                           "version": metadata.version({"hf": "peft", "liger": "liger_kernel"}.get(tool, tool))}),

@@ -226,7 +226,7 @@ def loss_chunk(h, W, targets, scale):
     lse = z.logsumexp(-1, keepdim=True)
     loss = (lse - z.gather(-1, targets[:, None])).sum()
     right = torch.arange(W.shape[0], device=W.device) == targets[:, None]
-    return loss, (z.sub_(lse).exp_().sub_(right.float()) * scale).to(h.dtype)
+    return loss, z.sub_(lse).exp_().sub_(right.float()).mul_(scale).to(h.dtype)
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """The machine: which device and arithmetic it has, how much memory is in use, and what helps where it runs out."""
 import contextlib
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ def pick_device(name):
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("only cuda, mps and cpu are supported")
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} does not work here ({str(e).splitlines()[0]}); try --device cpu.") from None
     return device
@@ -58,7 +61,7 @@ def peak_memory(device):
 
 ADVICE = [  # in order of gain
     ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss),
-    ("--quant nf4", lambda c: c.lora_r and c.quant == "none"), ("--attn flash", lambda c: c.attn != "flash"),
+    ("--quant nf4", lambda c: c.lora_r and c.quant == "none"), ("--attn flash", lambda c: c.attn == "naive"),
     ("--offload_ckpt", lambda c: c.grad_ckpt and not c.offload_ckpt), ("--dtype bf16", lambda c: c.dtype == "fp32"),
     ("--optim adamw8bit", lambda c: c.optim == "adamw"),
     ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
@@ -71,7 +74,7 @@ def out_of_memory(cfg, model, device):
     try:
         yield
     except RuntimeError as e:  # torch.OutOfMemoryError is one, and a CPU's allocator raises no better
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+        if not isinstance(e, torch.OutOfMemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
             raise
         weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         rest = max(0.0, peak_memory(device) - weights)
@@ -92,46 +95,49 @@ class Offload:
     def __call__(self, block, x, *args):
         if not torch.is_grad_enabled():
             return self.around(block, x, *args)
-        self.now = self.index.setdefault(block, len(self.index)), x
+        self.now = self.index.setdefault(block, len(self.index)), x, self.mark()
         with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             y = self.around(block, x, *args)
         self.now = None  # autograd keeps the hooks: x must not hang on to them
         return y
 
-    def pack(self, t):
-        i, x = self.now
-        return self.send(i, t) if t.shape == x.shape and t.data_ptr() == x.data_ptr() else t  # weights stay
+    def pack(self, t):  # weights stay, and so does the first input: a leaf, which autograd keeps anyway
+        i, x, ready = self.now
+        return self.send(i, t, ready) if t.data_ptr() == x.data_ptr() and t.shape == x.shape and not x.is_leaf else t
 
     def unpack(self, t):
         return t if isinstance(t, torch.Tensor) else self.fetch(*t)
 
-    def copy(self, to, x):
-        if self.cuda:
-            self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):  # None: does nothing
-            to.copy_(x, non_blocking=True)
-        return self.side.record_event() if self.cuda else None
+    def mark(self):
+        return torch.cuda.current_stream().record_event() if self.cuda else None
 
     def wait(self, event):
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
-    def send(self, i, x):
+    def copy(self, to, x, ready):
+        """x to `to` beside what is running, once `ready` has come. -> the event of its end"""
+        with torch.cuda.stream(self.side):  # None: does nothing
+            self.wait(ready)
+            to.copy_(x, non_blocking=self.cuda)
+            return self.mark()
+
+    def send(self, i, x, ready):
         if self.leaving:  # the block before: only when its copy is done may its memory be used again
             self.wait(self.leaving[2])
         if i not in self.host or self.host[i].numel() < x.numel():  # the longest batch comes first: allocated once
             self.host[i] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=self.cuda)
         x = x.detach()
-        self.leaving = i, x, self.copy(self.host[i][:x.numel()].view(x.shape), x)
+        self.leaving = i, x, self.copy(self.host[i][:x.numel()].view(x.shape), x, ready)
         return i, x.shape
 
     def fetch(self, i, shape):
         if self.leaving:  # the last block's is still here
             self.back[self.leaving[0]], self.leaving = self.leaving[1:], None
         for j in (i, i - 1):  # this one, unless it is on its way already, and the one that is wanted next
-            if j >= 0 and j not in self.back:
+            if j in self.host and j not in self.back:
                 x = torch.empty(shape, dtype=self.host[j].dtype, device=self.device)
-                self.back[j] = x, self.copy(x, self.host[j][:shape.numel()].view(shape))
+                self.back[j] = x, self.copy(x, self.host[j][:shape.numel()].view(shape), self.mark())
         x, ready = self.back.pop(i)
         self.wait(ready)
         return x

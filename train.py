@@ -2,7 +2,6 @@
 
     python train.py                                         # SmolLM2-135M on the Wikibooks Cookbook; needs nothing else
     python train.py --lora_r 16 --compile --grad_ckpt          # the same, compiled, with little memory
-    python train.py --model meta-llama/Llama-3.1-8B --data full_dataset.csv
     python train.py --resume --max_steps 200                   # go on where out/ stopped
 
 Read in this order: recipes.py -> data.py (a batch), model.py -> quant.py -> lora.py (a gradient), then this file.
@@ -53,7 +52,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data �
     # --- speed and memory: each can be switched off; the ladder in README.md has what each buys ---
     quant: Literal["none", "nf4", "fp8"] = "none"  # how the frozen weights are kept: 4 or 8 bits -> quant.py
     fp8: bool = False                  # how they are multiplied: in e4m3, on cards that have it -> quant.py
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of all other weights and arithmetic -> quant.py
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of all other weights and arithmetic -> plan.py
     attn: Literal["naive", "flash", "cudnn"] = "flash"  # scores never held; cudnn: where few lengths occur -> model.py
     fused_loss: bool = True            # the logits are never held in full -> model.py
     grad_ckpt: bool = False            # keep one tensor a block, compute the block again in backward
@@ -103,6 +102,8 @@ def check(cfg):
 def build(cfg, folder, device):
     """(model, {name: trained parameter}, autocast for --lora_r 0). One receipt a flag."""
     kept, compute, why = plan.pick_dtype(cfg.dtype, device)
+    if not cfg.lora_r and compute == torch.float16:
+        kept, compute, why = torch.float32, torch.float32, "all weights are trained: fp16 is too coarse for that"
     say("dtype", f"{str(kept)[6:]} ({why})")
     say("attn", "four plain lines" if cfg.attn == "naive" else "scaled_dot_product_attention: scores are never held")
     # cuDNN's is the quicker one on an H100, but plans for 0.1 s and more at each length that it has not seen
@@ -445,12 +446,11 @@ def main():
             real, padded = sum(batch.real for batch in batches), sum(batch.ids.numel() for batch in batches)
             for batch in batches:
                 with autocast:
-                    h = model(batch.ids)
-                    part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, scale / targets,
-                                           cfg.fused_loss, model.loss_chunk)
+                    part = models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets,
+                                           scale / targets, cfg.fused_loss, model.loss_chunk)
                 peak = max(peak, plan.peak_memory(device))
                 part.backward()
-                loss += part.detach() / scale
+                loss, part = loss + part.detach() / scale, None  # what its graph holds must not outlive the step
             launched = time.time()
             checked = checked or check_gradients(model, params)
             if cfg.lora_r:
@@ -465,10 +465,10 @@ def main():
             optimizer.zero_grad(set_to_none=True)
 
             loss, norm, took = float(loss), float(norm), time.time() - began  # float() waits for the GPU
-            if not math.isfinite(loss) or scale < 2**-10:
+            if not math.isfinite(loss) or not math.isfinite(norm) and (not overflow or scale < 2**-10):
                 rows = [int(i) for i in batch.rows[:8]]
-                raise UserError(f"the loss is {loss} at step {step} (recipes {rows} …): lower --lr or use "
-                                f"--dtype fp32. {run.folder} keeps what was last saved.")
+                raise UserError(f"the loss is {loss} at step {step}, its gradient's norm {norm} (recipes {rows} …): "
+                                f"lower --lr or use --dtype fp32. {run.folder} keeps what was last saved.")
             facts["loss_scale"] *= 0.5 if overflow else 2 if model.dtype == torch.float16 and step % 2000 == 0 else 1
             if overflow:
                 bar.line("overflow", f"step {step} is skipped, the loss scale halved to {facts['loss_scale']:g}")
@@ -502,8 +502,8 @@ def main():
 
     if cfg.compile:
         say("compile", f"{graphs[-1]} graphs, {graphs[-1] - graphs[min(10, len(graphs)) - 1]} of them after step 10")
-    if seconds:
-        say("host", f"{launching / seconds:.0%} of a step's time goes by before its last kernel is launched")
+    if seconds and device.type == "cuda":
+        say("host", f"{launching / seconds:.0%} of a step's time goes by before backward is launched to its end")
     draw_curve(run)
     if device.type == "cuda":
         say("memory", f"{peak:.2f} GB allocated at the peak, {torch.cuda.max_memory_reserved() / 1e9:.2f} GB reserved")

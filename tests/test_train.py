@@ -243,13 +243,13 @@ def test_an_embedding_in_host_memory_changes_nothing(base, run, tmp_path, untied
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
 
 
-def test_what_offloading_keeps_on_the_device_is_not_the_block_inputs(base, run, tmp_path, monkeypatch):
-    """Each block sends its input away and gets it back; a block that is skipped would be missing here."""
+@pytest.mark.parametrize("flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=str)
+def test_each_block_but_the_first_sends_its_input_away_and_gets_it_back(base, run, tmp_path, monkeypatch, flags):
     seen = []
     monkeypatch.setattr(train.plan.Offload, "fetch", lambda self, i, shape, f=train.plan.Offload.fetch: (
         seen.append(i), f(self, i, shape))[1])
-    ok(run(*base, "--out", tmp_path / "out", "--grad_ckpt", "--offload_ckpt", "--max_steps", 1))
-    assert seen == [1, 0]
+    ok(run(*base, "--out", tmp_path / "out", "--grad_ckpt", "--offload_ckpt", "--max_steps", 1, *flags))
+    assert seen == [1]
 
 
 def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
@@ -537,6 +537,12 @@ def test_a_card_without_bf16_takes_fp16(monkeypatch):
     assert train.plan.pick_dtype("auto", cuda)[:2] == (torch.float16, torch.float16)
     with pytest.raises(cli.UserError, match="Tesla T4 has no bf16; use --dtype fp16"):
         train.plan.pick_dtype("bf16", cuda)
+
+
+def test_all_weights_are_not_trained_in_fp16_on_an_older_card(base, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.plan, "pick_dtype", lambda name, device: (torch.float16, torch.float16, "a T4"))
+    code, _, err = run(*base, "--out", tmp_path / "out", "--lora_r", 0, "--max_steps", 1, "--dtype", "auto")
+    assert code == 0 and "float32 (all weights are trained" in err
 
 
 def test_the_receipt_of_quantisation_counts_layers_and_bytes(base, run, tmp_path):
