@@ -36,9 +36,11 @@ def batch():
 
 
 def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, ckpt=False, offload=False, comp=False,
-          blocks=2):
+          blocks=2, cudnn=False):
     """The model as train.build makes it; dequantised: fp32 plain layers that hold what `kind` made of the weights."""
     torch._dynamo.reset()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    torch.backends.cuda.enable_flash_sdp(not cudnn)
     g = torch.Generator(device="cuda").manual_seed(1)
     with torch.device("meta"):
         model = models.Llama(dataclasses.replace(WIDTHS, num_hidden_layers=blocks), flash)
@@ -62,6 +64,8 @@ def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, 
         model.around = lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
     if comp:
         from torch._functorch import config as aot
+        from torch._inductor import config as inductor
+        inductor.shape_padding = False
         torch.fx.experimental._config.use_duck_shape = False
         aot.activation_memory_budget = 0 if ckpt else 1
         for block in model.layers:
@@ -116,9 +120,11 @@ ROWS = [  # the flags of bench.py's rows, and the largest relative error of a gr
     pytest.param("none", {}, 0.02, id="bf16"),
     pytest.param("nf4", {}, 0.02, id="nf4"),
     pytest.param("nf4", {"fp8": True}, FP8_BOUND, id="fp8", marks=FP8),
-    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True}, 0.02, id="row1"),
-    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True, "fp8": True}, FP8_BOUND, id="row2", marks=FP8),
-    pytest.param("fp8", {"comp": True, "fp8": True}, FP8_BOUND, id="row3", marks=FP8),
+    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True, "cudnn": True}, 0.02, id="row1"),
+    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True, "fp8": True, "cudnn": True}, FP8_BOUND, id="row2",
+                 marks=FP8),
+    pytest.param("nf4", {"ckpt": True, "comp": True, "fp8": True}, FP8_BOUND, id="row4", marks=FP8),
+    pytest.param("fp8", {"comp": True, "fp8": True, "cudnn": True}, FP8_BOUND, id="row3", marks=FP8),
     pytest.param("none", {"ckpt": True, "comp": True, "fp8": True}, FP8_BOUND, id="row5", marks=FP8),
     pytest.param("nf4", {"dtype": torch.float16}, 0.02, id="fp16"),
 ]
