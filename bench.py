@@ -1,13 +1,12 @@
 """How fast, in how much memory: each row runs train.py as a user does, on random weights of a given shape.
 
     python bench.py                              # every row, on Llama-3-8B's shape
-    python bench.py --rows 1 2 4 --peers unsloth   # the same recipes through Unsloth, where it is installed
+    python bench.py --rows 1 2 4 --peers unsloth   # recipes of the same lengths through Unsloth
 
 One JSON line a row on stdout, as it goes. Only real tokens count; padding is a number of its own. The weights are made
 once, as a Hugging Face folder with shards; a word of the made-up tokenizer is a token, so a recipe's length is exact.
 """
 import dataclasses
-import gc
 import json
 import re
 import shutil
@@ -186,25 +185,24 @@ def load_peer(tool, folder, nf4, ckpt):
 
 
 def run_peer(tool, cfg, root):
-    """The rows' recipes through a peer, in this process: one line a kind of lengths, so rows 1 and 2 share theirs."""
+    """The rows' lengths through a peer, in this process: one line a kind of lengths, so rows 1 and 2 share theirs."""
     began, done, model, kept = time.time(), set(), None, None
     for row in cfg.rows:
         _, kind, rows, flags = ROWS[row]
-        rows, want = 32 if row == "3" else rows, ("nf4" in flags or row == "3", row != "3")
+        kind, rows = ("sorted", 32) if row == "3" else (kind, rows)  # what fits a peer without checkpoints
+        want = ("nf4" in flags or row == "3", row != "3")
         if (kind, rows, want) in done or row == "7":
             continue
         done.add((kind, rows, want))
         if want != kept:
-            model = None
-            gc.collect()
-            model, kept = load_peer(tool, root / cfg.shape, *want), want
+            model, kept = load_peer(tool, root / cfg.shape, *want), want  # Unsloth wants to be imported first
+            import bitsandbytes
+            import torch
             loaded = round(time.time() - began, 1)
-        import bitsandbytes
-        import torch
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        lengths = sorted(lengths_of("sorted" if row == "3" else kind, rows, cfg.steps), reverse=True)
+        lengths = sorted(lengths_of(kind, rows, cfg.steps), reverse=True)
         cuts = [lengths[i:i + rows] for i in range(0, len(lengths), rows)]
         rates, first = [], None
         for cut in cuts * (2 if kind == "sorted" else 1):
@@ -222,8 +220,9 @@ def run_peer(tool, cfg, root):
             torch.cuda.synchronize()
             rates.append(sum(cut) / (time.time() - start))
             first = first or round(time.time() - began, 1)
-        new = {"new_lengths_median": statistics.median(rates[3:20])} if kind == "sorted" else {}
-        print(json.dumps({"row": row, "peer": tool, "batch": rows, **new, **figures(rates[20 if new else 3:]),
+        once = len(cuts) if kind == "sorted" else 3  # then every length has come before; or the first steps are over
+        new = {"new_lengths_median": statistics.median(rates[3:once])} if kind == "sorted" else {}
+        print(json.dumps({"row": row, "peer": tool, "lengths": kind, "batch": rows, **new, **figures(rates[once:]),
                           "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2), "loaded": loaded,
                           "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2), "to_first_step_s": first,
                           "version": metadata.version({"hf": "peft", "liger": "liger_kernel"}.get(tool, tool))}),

@@ -53,7 +53,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
     quant: Literal["none", "nf4", "fp8"] = "none"  # how the frozen weights are kept: 4 or 8 bits -> quant.py
     fp8: bool = False                  # how they are multiplied: in e4m3, on cards that have it -> quant.py
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of all other weights and arithmetic -> plan.py
-    attn: Literal["naive", "flash", "cudnn"] = "flash"  # scores never held; cudnn: where few lengths occur -> model.py
+    attn: Literal["naive", "flash", "cudnn"] = "flash"  # flash, cudnn: scores are never held; cudnn: for few lengths
     fused_loss: bool = True            # the logits are never held in full -> model.py
     grad_ckpt: bool = False            # keep one tensor a block, compute the block again in backward
     offload_ckpt: bool = False         # keep it in pinned host memory while the other blocks run
