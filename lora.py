@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+import quant
 from cli import UserError
 
 # the layers that can be adapted, and where Hugging Face's module tree (and so PEFT's) has them
@@ -36,6 +37,7 @@ class LoRA(nn.Module):
     def __init__(self, base, r, scale, dropout=0.0, generator=None):
         super().__init__()
         self.base, self.scale, self.dropout, self.bias = base, scale, dropout, base.bias
+        self.joins = isinstance(base, quant.Frozen)
         device, bound = next(base.parameters()).device, 1 / math.sqrt(base.in_features)  # as PEFT's kaiming_uniform_
         self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator).to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
@@ -43,25 +45,20 @@ class LoRA(nn.Module):
 
     def mm(self, x, *uB):
         """x · Wᵀ, and u · Bᵀ added, by the frozen layer itself if it can (quant.py)."""
-        if not uB or getattr(self.base, "joins", False):
-            return self.base.mm(x, *uB)
-        return self.base.mm(x) + uB[0] @ uB[1].t()
+        return self.base.mm(x, *uB) if self.joins or not uB else self.base.mm(x) + uB[0] @ uB[1].t()
 
     def mm_t(self, g, *duA):
-        if not duA or getattr(self.base, "joins", False):
-            return self.base.mm_t(g, *duA)
-        return self.base.mm_t(g) + duA[0] @ duA[1]
+        return self.base.mm_t(g, *duA) if self.joins or not duA else self.base.mm_t(g) + duA[0] @ duA[1]
 
 
 def cast(layers, params, dtype):
     """The adapters of a group in the dtype of the arithmetic: all A as one [R, in], and for each layer scale * B in its
-    own columns of an [out, R], so that u = x · Aᵀ [N, R] serves them all."""
-    scales = [layer.scale for layer in layers if isinstance(layer, LoRA)]
-    A, Bs, at = torch.cat(params[0::2]).to(dtype), [], 0
-    for B, scale in zip(params[1::2], scales):
-        r = B.shape[1]
-        Bs.append(F.pad((B * scale).to(dtype), (at, len(A) - at - r)))
-        at += r
+    own columns of an [out, R] (0 without a LoRA), so that u = x · Aᵀ [N, R] serves them all."""
+    A, todo, Bs, at = torch.cat(params[0::2]).to(dtype), list(params[1::2]), [], 0
+    for layer in layers:
+        B = todo.pop(0) * layer.scale if isinstance(layer, LoRA) else params[1].new_zeros(layer.out_features, 0)
+        Bs.append(F.pad(B.to(dtype), (at, len(A) - at - B.shape[1])))
+        at += B.shape[1]
     return A, Bs
 
 
@@ -69,7 +66,15 @@ def forward(x, xd, layers, *params):
     """-> ([x · Wᵀ + scale * xd · Aᵀ · Bᵀ of each layer], u = xd · Aᵀ)"""
     A, Bs = cast(layers, params, x.dtype)
     u = (x if xd is None else xd) @ A.t()  # [N, R]: one product for all A
-    return [layer.mm(x, u, Bs.pop(0)) if isinstance(layer, LoRA) else layer.mm(x) for layer in layers], u
+    if bases := in_fp8(layers):
+        return quant.fp8_mm(bases, x, u, torch.cat(Bs)), u
+    return [layer.mm(x, u, B) if isinstance(layer, LoRA) else layer.mm(x) for layer, B in zip(layers, Bs)], u
+
+
+def in_fp8(layers):
+    """The group's frozen layers if they can be one product (--fp8)."""
+    bases = [layer.base if isinstance(layer, LoRA) else layer for layer in layers]
+    return bases if all(getattr(base, "fp8", False) for base in bases) else None
 
 
 class GroupMatmul(torch.autograd.Function):
@@ -89,21 +94,21 @@ class GroupMatmul(torch.autograd.Function):
     def backward(ctx, *grads):
         h, u, *params = ctx.saved_tensors
         A, Bs = cast(ctx.layers, params, h.dtype)
-        du, dBs, dx, dxd, at = 0, [], None, None, 0
-        for layer, g in zip(ctx.layers, grads):
+        du, dBs, dx, at = 0, [], None, 0
+        for layer, g, B in zip(ctx.layers, grads, Bs):
             if isinstance(layer, LoRA):
-                r = layer.B.shape[1]
-                du = du + g @ Bs.pop(0)                                          # [N, R]
+                r, du = layer.B.shape[1], du + g @ B                             # du [N, R]
                 dBs.append((g.t() @ u[:, at:at + r]).float() * layer.scale)      # [out, r]; fp32 like the parameter
                 at += r
         dA = (du.t() @ h).float()                                                # [R, in]
-        if ctx.needs_input_grad[0]:  # W once more, however it is kept; du · A goes along with an adapted layer's
-            last = max(i for i, layer in enumerate(ctx.layers) if isinstance(layer, LoRA)) if not ctx.dropped else -1
-            parts = [layer.mm_t(g, *([du, A] if i == last else []))
-                     for i, (layer, g) in enumerate(zip(ctx.layers, grads))]
+        along = () if ctx.dropped else (du, A)
+        if ctx.needs_input_grad[0] and (bases := in_fp8(ctx.layers)):
+            dx = quant.fp8_mm_t(bases, grads, *along)
+        elif ctx.needs_input_grad[0]:  # W once more, however it is kept; du · A goes along with an adapted layer's
+            last = max(i for i, layer in enumerate(ctx.layers) if isinstance(layer, LoRA))
+            parts = [layer.mm_t(g, *along if i == last else ()) for i, (layer, g) in enumerate(zip(ctx.layers, grads))]
             dx = sum(parts[1:], start=parts[0])
-        if ctx.dropped:
-            dxd = du @ A
+        dxd = du @ A if ctx.dropped else None
         dAs = dA.split([len(A) for A in params[0::2]])
         return dx, dxd, None, *(p for pair in zip(dAs, dBs) for p in pair)
 
@@ -113,14 +118,11 @@ def project(x, layers):
     adapted = [layer for layer in layers if isinstance(layer, LoRA)]
     if not adapted:
         return [layer(x) for layer in layers]
-    flat, xd, p = x.flatten(0, -2), None, adapted[0].dropout
-    if p and adapted[0].training:
-        xd = F.dropout(flat, p)  # one mask for the group; peft draws one a layer
-    params = [p for layer in adapted for p in (layer.A, layer.B)]
-    if torch.is_grad_enabled():
-        out = GroupMatmul.apply(flat, xd, layers, *params)
-    else:  # an autograd function would break the compiled graph of an evaluation
-        out, _ = forward(flat, xd, layers, *params)
+    flat, p = x.flatten(0, -2), adapted[0].dropout
+    xd = F.dropout(flat, p) if p and adapted[0].training else None  # one mask for the group; peft draws one a layer
+    args = flat, xd, layers, *(p for layer in adapted for p in (layer.A, layer.B))
+    # an autograd function would break the compiled graph of an evaluation
+    out = GroupMatmul.apply(*args) if torch.is_grad_enabled() else forward(*args)[0]
     out = [y if layer.bias is None else y + layer.bias.to(y.dtype) for layer, y in zip(layers, out)]
     return [y.view(*x.shape[:-1], -1) for y in out]
 
@@ -189,8 +191,7 @@ def read_config(folder):
 
 
 def load(model, folder):
-    """Adapt the model as the folder's adapter_config.json says and fill in its tensors. Every tensor of the file is
-    used once and every A and B is filled, or an error names the one that does not fit."""
+    """Adapt the model as the folder's adapter_config.json says and fill in its tensors."""
     layers = adapt(model, **read_config(folder))
     fill(model, read_tensors(folder))
     return layers
@@ -205,7 +206,7 @@ def read_tensors(folder):
 
 
 def fill(model, tensors):
-    """Copy {PEFT's key: tensor} into the model's adapter, loudly."""
+    """Copy {PEFT's key: tensor} into the model's adapter: each is used once, each A and B filled, or an error says."""
     wanted = parameters(model)
     for key, tensor in tensors.items():
         if key not in wanted:

@@ -1,6 +1,7 @@
 """The machine: which device and arithmetic it has, how much memory is in use, and what helps where it runs out."""
 import contextlib
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,6 +44,30 @@ def pick_dtype(name, device):
             raise UserError(f"--dtype bf16: {where} has no bf16; use --dtype fp16.")
         return kept, torch.float32, f"weights kept in bf16, arithmetic in fp32: {where} has no bf16 instructions"
     return kept, kept, why
+
+
+# --- the compiler ---
+
+
+def start_compiler():
+    """Its worker processes take seconds to come up: they do while the weights are loaded."""
+    if not any(map(shutil.which, ("g++", "clang++", "c++", "gcc", "clang", "cc"))):
+        raise UserError("--compile needs a C++ compiler (apt install g++); everything runs without --compile.")
+    from torch._inductor import async_compile
+    async_compile.maybe_warm_pool()
+
+
+def compile_blocks(model, checkpoint):
+    """Each block as one graph for all lengths, and a chunk of the loss; with `checkpoint` a block keeps its input only
+    and backward's graph computes it again."""
+    from torch._functorch import config as aot
+    from torch._inductor import config as inductor
+    torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
+    inductor.shape_padding = False  # it asks for a graph of its own for each range of lengths
+    aot.activation_memory_budget = 0 if checkpoint else 1
+    for block in model.layers:
+        block.compile(dynamic=True)
+    model.loss_chunk = torch.compile(model.loss_chunk, dynamic=True)
 
 
 # --- memory ---

@@ -6,19 +6,19 @@ A frozen layer is any module with
     mm_t(g)     g · W,  [*, out] -> [*, in]: the gradient of mm's input
     forward(x)  one autograd function around the two, which keeps nothing of x and nothing of W
 
-so whoever stands on it (lora.py) need not know how W is kept. The kinds here also take a LoRA's two small products
-along (`joins`): mm(x, u, B) is x · Wᵀ + u · Bᵀ and mm_t(g, du, A) is g · W + du · A.
+so whoever stands on it (lora.py) need not know how W is kept. The kinds here also take a LoRA's small products along:
+mm(x, u, B) is x · Wᵀ + u · Bᵀ and mm_t(g, du, A) is g · W + du · A.
 
 Three kinds, and the bytes of one 4096 × 4096 matrix:
 
     Plain  as stored, bf16 say: 2 a weight                                                  33,554,432
     FP8    e4m3 codes, 1 a weight: 16,777,216; an fp32 scale a row: 16,384                  16,793,600: 1.001 a weight
-    NF4    4-bit codes: 8,388,608; absmax, one a block of 64, in 8 bits: 262,144; their      8,671,236: 0.517 a weight
-           own absmax, fp32, one a block of 256 of them: 4,096; one fp32 offset: 4;
-           an fp32 scale a row, for --fp8: 16,384
+    NF4    4-bit codes: 8,388,608; absmax, one a block of 64, in 8 bits: 262,144; their      8,654,852: 0.516 a weight
+           own absmax, fp32, one a block of 256 of them: 4,096; one fp32 offset: 4
 
-NF4 (QLoRA, Dettmers et al. 2023): the nearest of 16 values that are equally likely under a normal distribution. To it
-and back go bitsandbytes' operators, on CPU and GPU; as torch.ops they break no graph of torch.compile.
+--fp8 adds the scale a row to the others. NF4 (QLoRA, Dettmers et al. 2023): the nearest of 16 values that are equally
+likely under a normal distribution. To it and back go bitsandbytes' operators, on CPU and GPU; as torch.ops they break
+no graph of torch.compile.
 """
 import functools
 import importlib.util
@@ -33,31 +33,30 @@ from cli import UserError
 
 
 class Frozen(nn.Module):
-    """What the kinds share. A kind has full(dtype), W [out, in] in that dtype, and e4m3(), W as fp8 codes and scales;
-    again=True is how backward asks for them, which NF4 must know."""
+    """What the kinds share. A kind has full(dtype): W [out, in]. again=True is how backward asks: the same by another
+    name, or the compiler would see that it decompresses what forward did, and keep the decompressed weight for it."""
     fp8 = False  # --fp8: how it is multiplied, whatever it is kept as
     compressed = True  # W is made anew for each product
-    joins = True  # mm and mm_t take a LoRA's products along
+    recomputed = False  # backward runs forward again, compiled with it: what is decompressed there serves both
 
     def __init__(self, shape):
         super().__init__()
         self.shape = self.out_features, self.in_features = tuple(shape)
-        self.bias = None
+        self.bias = self.scale = None  # scale [out, 1]: for fp8
+
+    def e4m3(self, again=False):
+        return (self.full(torch.bfloat16, again).float() / self.scale).to(torch.float8_e4m3fn), self.scale
+
+    def multiply_in_fp8(self):
+        if self.scale is None:
+            self.scale = frozen(to_e4m3(self.full(torch.bfloat16))[1])
+        self.fp8 = True
 
     def mm(self, x, u=None, B=None):
         """x [*, in] · Wᵀ; for a LoRA + u [N, r] · Bᵀ, B [out, r]. Sums over r alone would read and write all of y once
         more: where W is made anew for a product anyway, u rides in the last columns of x and B in those of W."""
         if self.fp8:
-            codes, scale = self.e4m3()
-            parts = [x.flatten(0, -2)]
-            if u is not None:
-                parts.append(pad(u, 1))
-                both = torch.maximum(scale, B.abs().amax(1, keepdim=True).float() / 448)  # W's own, but for a huge B
-                codes = torch.cat([(t.float() / s).to(torch.float8_e4m3fn) for t, s in
-                                   ((codes, both / scale), (pad(B, 1), both))], 1)
-                scale = both
-            y = scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype)
-            return attach(y, parts[0]).view(*x.shape[:-1], -1)
+            return fp8_mm([self], x.flatten(0, -2), u, B)[0].view(*x.shape[:-1], -1)
         if u is not None and self.compressed and torch.compiler.is_compiling() and self.shape[0] > self.shape[1]:
             return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
         y = x @ self.full(x.dtype).t()
@@ -66,17 +65,11 @@ class Frozen(nn.Module):
     def mm_t(self, g, du=None, A=None):
         """g [*, out] · W; for a LoRA + du [N, r] · A, A [r, in]: likewise, with A below the rows of W."""
         if self.fp8:
-            codes, scale = self.e4m3(again=True)
-            pairs = [(g.flatten(0, -2), scale)]
-            if du is not None:
-                A, a = to_e4m3(pad(A, 0))
-                pairs.append((pad(du, 1), a))
-                codes = torch.cat((codes, A))
-            return fp8_mm_t(codes, *pairs).view(*g.shape[:-1], -1)
+            return fp8_mm_t([self], [g.flatten(0, -2)], du, A).view(*g.shape[:-1], -1)
+        W = self.full(g.dtype, again=not self.recomputed)
         if du is not None and self.compressed and torch.compiler.is_compiling() and self.shape[0] < self.shape[1]:
-            return torch.cat((g, pad(du, 1)), 1) @ torch.cat((self.full(g.dtype, again=True), pad(A, 0)))
-        dx = g @ self.full(g.dtype, again=True)
-        return dx if du is None else add(dx, du, A)
+            return torch.cat((g, pad(du, 1)), 1) @ torch.cat((W, pad(A, 0)))
+        return g @ W if du is None else add(g @ W, du, A)
 
     def forward(self, x):
         y = FrozenMatmul.apply(x, self) if torch.is_grad_enabled() else self.mm(x)
@@ -125,9 +118,6 @@ class Plain(Frozen):
     def full(self, dtype, again=False):
         return self.weight.to(dtype)
 
-    def e4m3(self, again=False):
-        return to_e4m3(self.weight)
-
 
 class FP8(Frozen):
     """W in e4m3; each row has a scale that takes its largest magnitude to e4m3's, 448."""
@@ -155,22 +145,12 @@ class NF4(Frozen):
         absmax, nested = ops.quantize_blockwise(absmax - self.offset, table, 256)
         self.weight, self.absmax, self.nested = frozen(codes), frozen(absmax), frozen(nested)
         self.register_buffer("table", table, persistent=False)
-        w = self.full(torch.bfloat16)
-        self.scale = frozen(torch.maximum(w.amax(1, keepdim=True), -w.amin(1, keepdim=True)).float().clamp(1e-12) / 448)
-
-    def parts(self, again):
-        """Codes [out * in / 2, 1] and absmax [out * in / 64] in fp32. again: the same by another name, or the compiler
-        sees that backward decompresses what forward did, and keeps the decompressed weight in between."""
-        codes, absmax = (self.weight.flatten(), self.absmax.flatten()) if again else (self.weight, self.absmax)
-        ops = torch.ops.bitsandbytes
-        return codes, ops.dequantize_blockwise(absmax, self.nested, self.table, 256, torch.float32) + self.offset
 
     def full(self, dtype, again=False):
-        codes, absmax = self.parts(again)
-        return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", self.shape, dtype)
-
-    def e4m3(self, again=False):
-        return (self.full(torch.bfloat16, again).float() / self.scale).to(torch.float8_e4m3fn), self.scale
+        codes, absmax = (self.weight.flatten(), self.absmax.flatten()) if again else (self.weight, self.absmax)
+        ops = torch.ops.bitsandbytes
+        absmax = ops.dequantize_blockwise(absmax, self.nested, self.table, 256, torch.float32) + self.offset
+        return ops.dequantize_4bit(codes, absmax, 64, "nf4", self.shape, dtype)
 
 
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
@@ -201,7 +181,7 @@ def multiply_in_fp8(model, device):
     for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, Frozen)]:
         if device.type == "cuda" and (layer.in_features % 16 or layer.out_features % 16):
             raise UserError(f"--fp8: {name} is {layer.shape}, no multiple of the tiles of 16; drop --fp8.")
-        layer.fp8 = True
+        layer.multiply_in_fp8()
 
 
 # --- fp8 products ---
@@ -227,12 +207,32 @@ def scaled_mm(a, scale_a, b, scale_b, dtype):
     return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(dtype)
 
 
-def fp8_mm_t(codes, *pairs):
-    """g · W for pairs (g [N, out], scale [out, 1]) side by side, W about codes [sum of out, in] * scale. The rows of W
-    are summed over here, so their scales go into g before its cast: the same codes serve both ways."""
+def fp8_mm(layers, x, u=None, B=None):
+    """[x [N, in] · Wᵀ + u [N, r] · Bᵀ of each layer], B [sum of out, r], as one product: u rides along as further
+    columns of x, B as those of W. Where a row of B is too large for W's scale, both take B's."""
+    codes, scale = map(torch.cat, zip(*(layer.e4m3() for layer in layers)))
+    parts = [x]
+    if u is not None:
+        parts.append(pad(u, 1))
+        both = torch.maximum(scale, B.abs().amax(1, keepdim=True).float() / 448)
+        wider = (codes, both / scale), (pad(B, 1), both)
+        codes, scale = torch.cat([(t.float() / s).to(torch.float8_e4m3fn) for t, s in wider], 1), both
+    y = attach(scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype), x)
+    return y.split([layer.out_features for layer in layers], 1)
+
+
+def fp8_mm_t(layers, grads, du=None, A=None):
+    """Sum of the layers' g [N, out] · W, + du [N, r] · A, as one product. The rows of W are summed over here, so their
+    scales go into g before its cast: the same codes serve both ways."""
+    codes, scales = zip(*(layer.e4m3(again=not layer.recomputed) for layer in layers))
+    pairs = list(zip(grads, scales))
+    if du is not None:
+        A, a = to_e4m3(pad(A, 0))
+        pairs.append((pad(du, 1), a))
+        codes = *codes, A
     g, scale_g = to_e4m3(*(g.float() * scale.t() for g, scale in pairs))
-    one = torch.ones(codes.shape[1], 1, device=g.device)
-    return scaled_mm(g, scale_g, codes.t().contiguous(), one, pairs[0][0].dtype)
+    one = torch.ones(layers[0].in_features, 1, device=g.device)
+    return scaled_mm(g, scale_g, torch.cat(codes).t().contiguous(), one, grads[0].dtype)
 
 
 # --- bitsandbytes, only where a flag needs it ---

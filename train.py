@@ -110,6 +110,8 @@ def build(cfg, folder, device):
     torch.backends.cuda.enable_cudnn_sdp(cfg.attn == "cudnn")
     torch.backends.cuda.enable_flash_sdp(cfg.attn != "cudnn")
     began = time.time()
+    if cfg.compile:
+        plan.start_compiler()
     if cfg.lora_r:
         model = models.load(folder, device, kept, quant.make_linear(cfg.quant), flash=cfg.attn != "naive")
         model.dtype = compute
@@ -151,17 +153,9 @@ def build(cfg, folder, device):
         if not cfg.compile or cfg.lora_dropout:
             model.around = partial(checkpoint, use_reentrant=False, preserve_rng_state=cfg.lora_dropout > 0)
     if cfg.compile:  # one block is small and all are alike: one graph, for every length
-        if not any(map(shutil.which, ("g++", "clang++", "c++", "gcc", "clang", "cc"))):
-            raise UserError("--compile needs a C++ compiler (apt install g++); everything runs without --compile.")
-        from torch._functorch import config as aot
-        from torch._inductor import config as inductor
-        torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
-        inductor.shape_padding = False  # it asks for a graph of its own for each range of lengths
         # the compiler's own checkpoint spares down_proj the second time, too; but it would draw dropout's mask anew
-        aot.activation_memory_budget = 0 if cfg.grad_ckpt and not cfg.lora_dropout else 1
-        for block in model.layers:
-            block.compile(dynamic=True)
-        model.loss_chunk = torch.compile(models.loss_chunk, dynamic=True)
+        quant.Frozen.recomputed = cfg.grad_ckpt and not cfg.lora_dropout
+        plan.compile_blocks(model, quant.Frozen.recomputed)
         say("compile", "each block, one graph for all lengths; the first step takes longer")
     if cfg.offload_ckpt:
         model.around = plan.Offload(model.around, device)

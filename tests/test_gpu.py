@@ -63,14 +63,8 @@ def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, 
     if ckpt and not comp:
         model.around = lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
     if comp:
-        from torch._functorch import config as aot
-        from torch._inductor import config as inductor
-        inductor.shape_padding = False
-        torch.fx.experimental._config.use_duck_shape = False
-        aot.activation_memory_budget = 0 if ckpt else 1
-        for block in model.layers:
-            block.compile(dynamic=True)
-        model.loss_chunk = torch.compile(models.loss_chunk, dynamic=True)
+        quant.Frozen.recomputed = ckpt
+        plan.compile_blocks(model, ckpt)
     if offload:
         model.around = plan.Offload(model.around, CUDA)
     return model

@@ -25,7 +25,8 @@ def weight(out=256, width=128, seed=0):
 
 def layer(kind, W, fp8=False):
     made = quant.make_linear(kind)("layers.0.q_proj", W)
-    made.fp8 = fp8
+    if fp8:
+        made.multiply_in_fp8()
     return made
 
 
