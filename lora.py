@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-import quant
 from cli import UserError
 
 # the layers that can be adapted, and where Hugging Face's module tree (and so PEFT's) has them
@@ -37,7 +36,7 @@ class LoRA(nn.Module):
     def __init__(self, base, r, scale, dropout=0.0, generator=None):
         super().__init__()
         self.base, self.scale, self.dropout, self.bias = base, scale, dropout, base.bias
-        self.joins = isinstance(base, quant.Frozen)
+        self.joins = getattr(base, "joins", False)
         device, bound = next(base.parameters()).device, 1 / math.sqrt(base.in_features)  # as PEFT's kaiming_uniform_
         self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator).to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
@@ -67,7 +66,7 @@ def forward(x, xd, layers, *params):
     A, Bs = cast(layers, params, x.dtype)
     u = (x if xd is None else xd) @ A.t()  # [N, R]: one product for all A
     if bases := in_fp8(layers):
-        return quant.fp8_mm(bases, x, u, torch.cat(Bs)), u
+        return bases[0].group_mm(bases, x, u, torch.cat(Bs)), u
     return [layer.mm(x, u, B) if isinstance(layer, LoRA) else layer.mm(x) for layer, B in zip(layers, Bs)], u
 
 
@@ -103,7 +102,7 @@ class GroupMatmul(torch.autograd.Function):
         dA = (du.t() @ h).float()                                                # [R, in]
         along = () if ctx.dropped else (du, A)
         if ctx.needs_input_grad[0] and (bases := in_fp8(ctx.layers)):
-            dx = quant.fp8_mm_t(bases, grads, *along)
+            dx = bases[0].group_mm_t(bases, grads, *along)
         elif ctx.needs_input_grad[0]:  # W once more, however it is kept; du · A goes along with an adapted layer's
             last = max(i for i, layer in enumerate(ctx.layers) if isinstance(layer, LoRA))
             parts = [layer.mm_t(g, *along if i == last else ()) for i, (layer, g) in enumerate(zip(ctx.layers, grads))]

@@ -153,7 +153,10 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(C, width, bias=cfg.mlp_bias)
         self.down_proj = nn.Linear(width, C, bias=cfg.mlp_bias)
 
-    def forward(self, x, cos, sin, cache=None, pos=None, mask=None):
+    def forward(self, x, *args):
+        return self.mlp(self.attend(x, *args))
+
+    def attend(self, x, cos, sin, cache=None, pos=None, mask=None):
         B, T, _ = x.shape
         h = self.input_layernorm(x)
         q, k, v = self.project(h, [self.q_proj, self.k_proj, self.v_proj])
@@ -162,24 +165,12 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.put(k, v, pos)
         y = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)  # [B, T, H * D]
-        x = x + self.project(y, [self.o_proj])[0]
+        return x + self.project(y, [self.o_proj])[0]
+
+    def mlp(self, x, *_):
         h = self.post_attention_layernorm(x)
         gate, up = self.project(h, [self.gate_proj, self.up_proj])
         return x + self.project(F.silu(gate) * up, [self.down_proj])[0]
-
-
-class Cache:
-    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of
-    different lengths share a batch: what padding left in a row is overwritten before the row's mask reaches it."""
-
-    def __init__(self, cfg, B, S, device, dtype):
-        self.k, self.v = torch.zeros(2, B, cfg.num_key_value_heads, S, cfg.head_dim, device=device, dtype=dtype)
-
-    def put(self, k, v, pos):
-        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
-        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
-        self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
-        return (self.k, self.v) if k.shape[2] == 1 else (k, v)
 
 
 class Llama(nn.Module):
@@ -188,6 +179,7 @@ class Llama(nn.Module):
         self.cfg = cfg
         self.dtype = None  # of the residual stream; None: as the embedding is stored
         self.around = lambda block, *args: block(*args)  # how a block is called: train.py puts checkpointing here
+        self.halves = False  # whether it is called in two parts, so that both of its inputs can be kept
         self.loss_chunk = loss_chunk  # for sum_loss
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg, flash) for _ in range(cfg.num_hidden_layers))
@@ -212,7 +204,8 @@ class Llama(nn.Module):
         angle = pos[:, None, :, None] * self.frequencies  # [B or 1, 1, T, D/2]
         cos, sin = angle.cos(), angle.sin()
         for i, block in enumerate(self.layers):
-            x = self.around(block, x, cos, sin, caches and caches[i], pos, mask)
+            for part in (block.attend, block.mlp) if self.halves else (block,):
+                x = self.around(part, x, cos, sin, caches and caches[i], pos, mask)
         return self.norm(x)
 
 

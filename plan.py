@@ -57,16 +57,19 @@ def start_compiler():
     async_compile.maybe_warm_pool()
 
 
-def compile_blocks(model, checkpoint):
-    """Each block as one graph for all lengths, and a chunk of the loss; with `checkpoint` a block keeps its input only
-    and backward's graph computes it again."""
+def compile_blocks(model, checkpoint, halves):
+    """Each block, or half of one, as one graph for all lengths, and a chunk of the loss; with `checkpoint` it keeps its
+    input only and backward's graph computes it again."""
     from torch._functorch import config as aot
     from torch._inductor import config as inductor
     torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
     inductor.shape_padding = False  # it asks for a graph of its own for each range of lengths
     aot.activation_memory_budget = 0 if checkpoint else 1
     for block in model.layers:
-        block.compile(dynamic=True)
+        if halves:
+            block.attend, block.mlp = (torch.compile(part, dynamic=True) for part in (block.attend, block.mlp))
+        else:
+            block.compile(dynamic=True)
     model.loss_chunk = torch.compile(model.loss_chunk, dynamic=True)
 
 
@@ -82,6 +85,14 @@ def peak_memory(device):
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def count_frozen(model, dtype):
+    """(frozen layers, their bytes in dtype, their bytes as they are kept, bytes of all other weights)."""
+    layers = [m for m in model.modules() if hasattr(m, "mm_t") and not hasattr(m, "base")]
+    before = sum(m.in_features * m.out_features for m in layers) * dtype.itemsize
+    after, everything = (sum(p.nbytes for m in ms for p in m.parameters()) for ms in (layers, [model]))
+    return len(layers), before, after, everything - after
 
 
 ADVICE = [  # in order of gain
@@ -109,8 +120,8 @@ def out_of_memory(cfg, model, device):
 
 
 class Offload:
-    """--offload_ckpt: the one tensor that a checkpointed block keeps, its input, goes to pinned host memory on a side
-    stream while the block runs, and comes back while backward is in the block behind it."""
+    """--offload_ckpt: the one tensor that a checkpointed half of a block keeps, its input, goes to pinned host memory
+    on a side stream while it runs, and comes back while backward is in the half behind it."""
 
     def __init__(self, around, device):
         self.around, self.device, self.cuda = around, device, device.type == "cuda"

@@ -37,6 +37,7 @@ class Frozen(nn.Module):
     name, or the compiler would see that it decompresses what forward did, and keep the decompressed weight for it."""
     fp8 = False  # --fp8: how it is multiplied, whatever it is kept as
     compressed = True  # W is made anew for each product
+    joins = True  # mm and mm_t take a LoRA's products along
     recomputed = False  # backward runs forward again, compiled with it: what is decompressed there serves both
 
     def __init__(self, shape):
@@ -49,7 +50,7 @@ class Frozen(nn.Module):
 
     def multiply_in_fp8(self):
         if self.scale is None:
-            self.scale = frozen(to_e4m3(self.full(torch.bfloat16))[1])
+            self.scale = row_scale(self.full(torch.bfloat16))
         self.fp8 = True
 
     def mm(self, x, u=None, B=None):
@@ -76,12 +77,6 @@ class Frozen(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def attach(y, x):
-    """torch._scaled_mm has no derivative, and 2.11's compiler takes what an autograd function makes of it for a
-    constant: every gradient would be lost without a term in x. It is fused into y's next use."""
-    return y + 0 * x[:, :1] if torch.compiler.is_compiling() else y
-
-
 def pad(t, dim):
     """Zeros up to a multiple of 128, the tile of a matmul: other widths cost a third of its speed."""
     return F.pad(t, (0, 0) * (1 - dim) + (0, -t.shape[dim] % 128))
@@ -90,6 +85,12 @@ def pad(t, dim):
 def add(y, u, B):
     """y + u · B, in y's place. The compiler makes the sum where it is used; in place, 2.11's loses every gradient."""
     return y + u @ B if torch.compiler.is_compiling() else y.addmm_(u, B)
+
+
+def row_scale(W):
+    """e4m3's scale a row, [out, 1]. A row far below the others, zeros say, keeps room: a LoRA's B goes by the same."""
+    scale = to_e4m3(W)[1]
+    return frozen(scale.clamp(min=scale.max().item() / 64))
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -124,7 +125,8 @@ class FP8(Frozen):
 
     def __init__(self, weight):
         super().__init__(weight.shape)
-        self.weight, self.scale = map(frozen, to_e4m3(weight))
+        self.scale = row_scale(weight)
+        self.weight = frozen((weight.float() / self.scale).to(torch.float8_e4m3fn))
 
     def full(self, dtype, again=False):
         return (self.weight.float() * self.scale).to(dtype)
@@ -139,7 +141,7 @@ class NF4(Frozen):
 
     def __init__(self, weight):
         super().__init__(weight.shape)
-        ops, table = bitsandbytes(weight.device), dynamic_map(weight.device)
+        ops, table = bitsandbytes(weight.device)
         codes, absmax = ops.quantize_4bit(weight.contiguous(), 64, "nf4", torch.uint8)
         self.offset = frozen(absmax.mean())
         absmax, nested = ops.quantize_blockwise(absmax - self.offset, table, 256)
@@ -148,9 +150,9 @@ class NF4(Frozen):
 
     def full(self, dtype, again=False):
         codes, absmax = (self.weight.flatten(), self.absmax.flatten()) if again else (self.weight, self.absmax)
-        ops = torch.ops.bitsandbytes
-        absmax = ops.dequantize_blockwise(absmax, self.nested, self.table, 256, torch.float32) + self.offset
-        return ops.dequantize_4bit(codes, absmax, 64, "nf4", self.shape, dtype)
+        block = torch.arange(len(absmax.flatten()), device=absmax.device) // 256  # one kernel, compiled
+        absmax = self.table[absmax.int()] * self.nested[block] + self.offset
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", self.shape, dtype)
 
 
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
@@ -164,14 +166,6 @@ def make_linear(kind):
                             "use --quant fp8 or none.")
         return KINDS[kind](tensor)
     return make
-
-
-def count(model, dtype):
-    """(frozen layers, their bytes in dtype, their bytes as they are kept, bytes of all other weights)."""
-    layers = [m for m in model.modules() if isinstance(m, Frozen)]
-    before = sum(m.out_features * m.in_features for m in layers) * dtype.itemsize
-    after, everything = (sum(p.nbytes for m in ms for p in m.parameters()) for ms in (layers, [model]))
-    return len(layers), before, after, everything - after
 
 
 def multiply_in_fp8(model, device):
@@ -209,30 +203,40 @@ def scaled_mm(a, scale_a, b, scale_b, dtype):
 
 def fp8_mm(layers, x, u=None, B=None):
     """[x [N, in] · Wᵀ + u [N, r] · Bᵀ of each layer], B [sum of out, r], as one product: u rides along as further
-    columns of x, B as those of W. Where a row of B is too large for W's scale, both take B's."""
+    columns of x, B as those of W, in W's scales; what of B would be too large for those goes over to u."""
     codes, scale = map(torch.cat, zip(*(layer.e4m3() for layer in layers)))
-    parts = [x]
-    if u is not None:
-        parts.append(pad(u, 1))
-        both = torch.maximum(scale, B.abs().amax(1, keepdim=True).float() / 448)
-        wider = (codes, both / scale), (pad(B, 1), both)
-        codes, scale = torch.cat([(t.float() / s).to(torch.float8_e4m3fn) for t, s in wider], 1), both
-    y = attach(scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype), x)
+    # where y is the narrow one, a sum of its own is cheaper: x's largest magnitude need not wait for u
+    parts, apart = [x], u is not None and x.shape[1] > 2 * len(scale)
+    if u is not None and not apart:
+        B = pad(B, 1).float() / scale
+        over = (B.abs().amax() / 448).clamp(min=1)
+        codes = torch.cat((codes, (B / over).to(torch.float8_e4m3fn)), 1)
+        parts.append(pad(u, 1) * over)
+    y = scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype)
+    if apart:
+        y = add(y, u, B.t())
+    elif torch.compiler.is_compiling():  # _scaled_mm has no derivative: 2.11's compiler takes what an autograd function
+        y = y + 0 * x[:, :1]             # makes of it for a constant, and loses every gradient, but for a term in x
     return y.split([layer.out_features for layer in layers], 1)
 
 
 def fp8_mm_t(layers, grads, du=None, A=None):
-    """Sum of the layers' g [N, out] · W, + du [N, r] · A, as one product. The rows of W are summed over here, so their
-    scales go into g before its cast: the same codes serve both ways."""
+    """Sum of the layers' g [N, out] · W, + du [N, r] · A, as one product likewise. The rows of W are summed over here,
+    so their scales go into g before its cast: the same codes serve both ways."""
     codes, scales = zip(*(layer.e4m3(again=not layer.recomputed) for layer in layers))
-    pairs = list(zip(grads, scales))
-    if du is not None:
+    pairs, width = list(zip(grads, scales)), layers[0].in_features
+    apart = du is not None and sum(map(len, scales)) > 2 * width
+    if du is not None and not apart:
         A, a = to_e4m3(pad(A, 0))
         pairs.append((pad(du, 1), a))
         codes = *codes, A
     g, scale_g = to_e4m3(*(g.float() * scale.t() for g, scale in pairs))
-    one = torch.ones(layers[0].in_features, 1, device=g.device)
-    return scaled_mm(g, scale_g, torch.cat(codes).t().contiguous(), one, grads[0].dtype)
+    one = torch.ones(width, 1, device=g.device)
+    dx = scaled_mm(g, scale_g, torch.cat(codes).t().contiguous(), one, grads[0].dtype)
+    return add(dx, du, A) if apart else dx
+
+
+Frozen.group_mm, Frozen.group_mm_t = staticmethod(fp8_mm), staticmethod(fp8_mm_t)  # how lora.py finds them
 
 
 # --- bitsandbytes, only where a flag needs it ---
@@ -240,7 +244,8 @@ def fp8_mm_t(layers, grads, du=None, A=None):
 
 @functools.cache
 def bitsandbytes(device):
-    """torch.ops.bitsandbytes, or an error that says what is missing for this device."""
+    """torch.ops.bitsandbytes and the 256 values of the 8-bit format of absmax, one table for all layers; or an error
+    that says what is missing for this device."""
     instead = "use --quant none (or fp8) and --optim adamw, which do without"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--quant nf4 and 8-bit optimizers need bitsandbytes (pip install bitsandbytes); {instead}.")
@@ -248,12 +253,7 @@ def bitsandbytes(device):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from bitsandbytes.cextension import lib
+        from bitsandbytes.functional import create_dynamic_map
     if device.type not in ("cuda", "cpu") or device.type == "cuda" and not lib.compiled_with_cuda:
         raise UserError(f"bitsandbytes has no library for this {device.type} and torch {torch.__version__}; {instead}.")
-    return torch.ops.bitsandbytes
-
-
-@functools.cache
-def dynamic_map(device):  # the 256 values of the 8-bit format in which absmax is kept; one table for all layers
-    from bitsandbytes.functional import create_dynamic_map
-    return create_dynamic_map().to(device)
+    return torch.ops.bitsandbytes, create_dynamic_map().to(device)

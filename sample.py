@@ -91,6 +91,20 @@ def pick(logits, temperature, top_k, top_p, generators):
     return (p / e.to(p.device)).argmax(-1)
 
 
+class Cache:
+    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of
+    different lengths share a batch: what padding left in a row is overwritten before the row's mask reaches it."""
+
+    def __init__(self, cfg, B, S, device, dtype):
+        self.k, self.v = torch.zeros(2, B, cfg.num_key_value_heads, S, cfg.head_dim, device=device, dtype=dtype)
+
+    def put(self, k, v, pos):
+        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
+        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
+        self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        return (self.k, self.v) if k.shape[2] == 1 else (k, v)
+
+
 @torch.no_grad()
 def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, temperature=Config.temperature,
              top_k=Config.top_k, top_p=Config.top_p, seed=Config.seed, numbers=None, on_token=None):
@@ -105,7 +119,7 @@ def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, tempera
         raise UserError(f"a prompt has {T} tokens, the model's window {cfg.max_position_embeddings}: shorten it.")
     max_new_tokens = min(max_new_tokens, cfg.max_position_embeddings - T)
     dtype = model.dtype or model.embed_tokens.weight.dtype
-    caches = [models.Cache(cfg, B, T + max_new_tokens, device, dtype) for _ in model.layers]
+    caches = [Cache(cfg, B, T + max_new_tokens, device, dtype) for _ in model.layers]
     generators = [torch.Generator().manual_seed(noise_seed(seed, p, n)) for p, n in zip(prompts, numbers or [0] * B)]
     ids = torch.zeros(B, T, dtype=torch.long, device=device)  # padded on the right: causal attention never sees it
     for row, p in enumerate(prompts):

@@ -118,7 +118,7 @@ def build(cfg, folder, device):
         peak = f", {plan.peak_memory(device):.2f} GB at the peak" if device.type == "cuda" else ""
         say("loaded", f"{folder.name} in {time.time() - began:.1f} s{peak}")
         if cfg.quant != "none":
-            layers, before, after, rest = quant.count(model, kept)
+            layers, before, after, rest = plan.count_frozen(model, kept)
             say("quant", f"{cfg.quant}: {layers} layers, {before / 1e9:.2f} GB -> {after / 1e9:.2f}; embedding, head "
                 f"and norms stay {str(kept)[6:]}: {rest / 1e9:.2f} GB")
         if cfg.fp8:
@@ -155,12 +155,12 @@ def build(cfg, folder, device):
     if cfg.compile:  # one block is small and all are alike: one graph, for every length
         # the compiler's own checkpoint spares down_proj the second time, too; but it would draw dropout's mask anew
         quant.Frozen.recomputed = cfg.grad_ckpt and not cfg.lora_dropout
-        plan.compile_blocks(model, quant.Frozen.recomputed)
+        plan.compile_blocks(model, quant.Frozen.recomputed, halves=cfg.offload_ckpt)
         say("compile", "each block, one graph for all lengths; the first step takes longer")
     if cfg.offload_ckpt:
-        model.around = plan.Offload(model.around, device)
+        model.around, model.halves = plan.Offload(model.around, device), True
         where = "pinned host memory" if device.type == "cuda" else "a copy, which buys nothing on this device"
-        say("offload", f"what blocks keep is in {where}")
+        say("offload", f"what blocks keep is in {where}: their input and attention's result, so o_proj runs once")
     return model, params, autocast
 
 

@@ -64,9 +64,9 @@ def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, 
         model.around = lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
     if comp:
         quant.Frozen.recomputed = ckpt
-        plan.compile_blocks(model, ckpt)
+        plan.compile_blocks(model, ckpt, halves=offload)
     if offload:
-        model.around = plan.Offload(model.around, CUDA)
+        model.around, model.halves = plan.Offload(model.around, CUDA), True
     return model
 
 
