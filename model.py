@@ -214,12 +214,14 @@ class Llama(nn.Module):
 
 def loss_chunk(h, W, targets, scale):
     """(sum of the cross-entropies of h [rows, C], scale * their gradient by the logits [rows, V] in h's dtype). The
-    scale goes in while the numbers are fp32: an fp16 gradient of one token among thousands would be cast to 0."""
+    scale goes in while the numbers are fp32: an fp16 gradient of one token among thousands would be cast to 0. A target
+    of -1 is none: it fills rows up to a fixed number."""
     z = (h @ W.t()).float()  # [rows, V]
     lse = z.logsumexp(-1, keepdim=True)
-    loss = (lse - z.gather(-1, targets[:, None])).sum()
+    keep = (targets >= 0).float()[:, None]
+    loss = (lse - z.gather(-1, targets.clamp(min=0)[:, None])).mul(keep).sum()
     right = torch.arange(W.shape[0], device=W.device) == targets[:, None]
-    return loss, z.sub_(lse).exp_().sub_(right.float()).mul_(scale).to(h.dtype)
+    return loss, z.sub_(lse).exp_().sub_(right.float()).mul_(keep * scale).to(h.dtype)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -231,7 +233,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, h, weight, targets, scale, chunk):
         want_h, want_w, *_ = ctx.needs_input_grad
         W, total = weight.detach().to(h.dtype), torch.zeros((), device=h.device)
-        scale = torch.full_like(total, scale)
+        scale = scale if isinstance(scale, torch.Tensor) else torch.full_like(total, scale)
         rows = max(1, 2**26 // W.shape[0] // 64 * 64)  # 256 MB of fp32 logits, in whole tiles of a matmul
         dh = torch.empty_like(h) if want_h else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if want_w else None
@@ -260,7 +262,7 @@ def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk)
     h = h.flatten(0, 1)[where]  # [N, C]: the head is not asked about padding or prompts
     if fused:
         return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale, chunk)
-    return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, reduction="sum") * scale
+    return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=-1, reduction="sum") * scale
 
 
 def logits(model, h):  # [..., C] -> [..., V]

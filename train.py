@@ -59,6 +59,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
     offload_ckpt: bool = False         # keep it in pinned host memory while the other blocks run
     offload_embed: bool = False        # keep the input embedding in host memory
     compile: bool = False              # torch.compile, one graph for all blocks and lengths
+    cuda_graph: bool = False           # launch a step as one CUDA graph: for small batches and slow hosts
     optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8bit: a quarter of the states; paged: to host
     grad_accum: int = 1                # micro-batches a step: the gradient of one batch that many times larger
     # --- schedule ---
@@ -76,7 +77,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
 
 # what a resumed run may change: everything else would make it another run
 FREE = {"out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter", "attn", "fused_loss",
-        "grad_ckpt", "offload_ckpt", "offload_embed", "compile", "max_steps", "epochs", "patience", "eval_every",
+        "compile", "cuda_graph", "grad_ckpt", "offload_ckpt", "offload_embed", "max_steps", "epochs", "patience", "eval_every",
         "save_every", "allow_bad"}
 
 
@@ -92,6 +93,8 @@ def check(cfg):
     if not cfg.lora_r and (cfg.quant != "none" or cfg.fp8 or cfg.dtype == "fp16"):
         raise UserError("--lora_r 0 trains all weights, and 4 or 8 bits or fp16 are too coarse for its small steps: "
                         "drop --quant, --fp8 and --dtype fp16, or train an adapter (--lora_r 16).")
+    if cfg.cuda_graph and (not cfg.lora_r or cfg.offload_ckpt or cfg.offload_embed):
+        raise UserError("--cuda_graph goes with neither --lora_r 0, --offload_ckpt nor --offload_embed: drop it.")
     if cfg.offload_ckpt and not cfg.grad_ckpt:
         raise UserError("--offload_ckpt moves what --grad_ckpt keeps: add --grad_ckpt.")
 
@@ -298,23 +301,16 @@ def save(run, params, cfg, base, where=""):
 
 
 def draw_curve(run):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    lines = run.history()
-    train = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
-    val = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    fig, ax = plt.subplots(figsize=(7, 4))
-    if train:
-        ax.plot(*zip(*train), color="0.7", lw=1, label="training (a saw: each batch has its own length)")
-    if val:
-        ax.plot(*zip(*val), "o-", color="tab:red", label="held out")
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7, 4), layout="tight")
+    ax = fig.add_subplot()
+    for key, color, label in ("loss", "0.7", "training (lengths differ)"), ("val_loss", "tab:red", "held out"):
+        if points := [(line["step"], line[key]) for line in run.history() if line.get(key) is not None]:
+            ax.plot(*zip(*points), color=color, marker="o" if key == "val_loss" else "", lw=1, label=label)
     ax.set(xlabel="step", ylabel="loss per target token (nats)")
     ax.legend()
-    fig.tight_layout()
     with state.atomic(run.folder / "curve.png") as beside:
         fig.savefig(beside, dpi=120, format="png")
-    plt.close(fig)
 
 
 def about(cfg, rules, base, heap, held, text, model):
@@ -377,8 +373,7 @@ def main():
     total = count_steps(heap, cfg)
     say("data", f"{len(heap.train)} recipes to train on, {len(held.val)} held out, {total} steps")
     check_data(cfg, heap, text)
-    per_step = cfg.grad_accum * cfg.batch_size
-    if not cfg.batch_tokens and len(heap.train) < per_step:
+    if not cfg.batch_tokens and len(heap.train) < (per_step := cfg.grad_accum * cfg.batch_size):
         say("note", f"a step wants {per_step} recipes and there are {len(heap.train)}: it trains on those")
     model, params, autocast = build(cfg, base, device)
     optimizer, trained = make_optimizer(cfg, params, device)
@@ -400,6 +395,23 @@ def main():
     run.write_json("run.json", info)
     title = info["titles"][cfg.seed % len(info["titles"])]
 
+    peak, seconds, launching, tokens, graphs, checked = 0.0, 0.0, 0.0, 0, [], False
+
+    def forward_backward(ids, where, targets, scale):
+        """The loss of a micro-batch; its gradients are added to those that are there."""
+        nonlocal peak
+        with autocast:
+            loss = models.sum_loss(model(ids), model.lm_head.weight, where, targets, scale, cfg.fused_loss,
+                                   model.loss_chunk)
+        peak = max(peak, plan.peak_memory(device))
+        loss.backward()
+        return loss.detach()
+
+    if cfg.cuda_graph:
+        forward_backward = plan.Graphs(forward_backward, list(params.values()), device)
+        trained[0].grad = forward_backward.grad  # all of them, for good
+        say("cuda_graph", "one launch a micro-batch; lengths go up to multiples of 16, beside the padding shown")
+
     def measure():
         """Held-out loss; the best adapter so far is kept in best/."""
         val = evaluate(model, held, cfg, text, device, autocast)
@@ -416,7 +428,6 @@ def main():
         return facts["step"]
 
     first, saved = facts["step"] + 1, facts["step"] if cfg.resume else None
-    peak, seconds, launching, tokens, graphs, checked = 0.0, 0.0, 0.0, 0, [], False
     model.train()
     with state.Stop() as stop, plan.out_of_memory(cfg, model, device):
         if facts["val_before"] is None:
@@ -439,24 +450,20 @@ def main():
             targets = sum(len(batch.targets) for batch in batches)
             real, padded = sum(batch.real for batch in batches), sum(batch.ids.numel() for batch in batches)
             for batch in batches:
-                with autocast:
-                    part = models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets,
-                                           scale / targets, cfg.fused_loss, model.loss_chunk)
-                peak = max(peak, plan.peak_memory(device))
-                part.backward()
-                loss, part = loss + part.detach() / scale, None  # what its graph holds must not outlive the step
+                loss += forward_backward(batch.ids, batch.where, batch.targets, scale / targets) / scale
             launched = time.time()
             checked = checked or check_gradients(model, params)
             if cfg.lora_r:
-                trained[0].grad = torch.cat([p.grad.flatten() for p in params.values()])
-                model.zero_grad(set_to_none=True)
+                if not cfg.cuda_graph:
+                    trained[0].grad = torch.cat([p.grad.flatten() for p in params.values()])
+                    model.zero_grad(set_to_none=True)
                 trained[0].grad /= scale
             norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
             overflow = model.dtype == torch.float16 and not norm.isfinite()
             if not overflow:
                 optimizer.param_groups[0]["lr"] = lr_at(step, total, cfg)
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not cfg.cuda_graph)
 
             loss, norm, took = float(loss), float(norm), time.time() - began  # float() waits for the GPU
             if not math.isfinite(loss) or not math.isfinite(norm) and (not overflow or scale < 2**-10):
@@ -505,8 +512,7 @@ def main():
     write_recipe(model, text, title, cfg)
     print(json.dumps({"steps": facts["step"], "val_loss_before": facts["val_before"], "val_loss_after": facts["val"],
                       "tokens_per_s": round(tokens / seconds, 1) if seconds else None, "peak_mem_gb": round(peak, 3)}))
-    flag = "" if cfg.out == "out" else f" --run {cfg.out}"
-    say("saved", f"{run.folder}: write recipes with `python sample.py{flag}`")
+    say("saved", f"{run.folder}: try `python sample.py{'' if cfg.out == 'out' else f' --run {cfg.out}'}`")
     return 0
 
 

@@ -115,6 +115,9 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
         ["--no-fused_loss"],
         ["--grad_ckpt"],
         ["--grad_ckpt", "--offload_ckpt"],
+        ["--cuda_graph"],  # on a CPU its padding and its accumulation
+        ["--cuda_graph", "--no-fused_loss"],
+        ["--cuda_graph", "--batch_size", 2, "--grad_accum", 4],
         ["--batch_size", 4, "--grad_accum", 2],
         ["--batch_size", 2, "--grad_accum", 4],
         pytest.param(["--compile"], marks=pytest.mark.slow),
@@ -201,6 +204,7 @@ def test_the_loss_that_is_logged_is_transformers_loss(base, run, tmp_path, tiny_
         ["--quant", "fp8", "--fp8", "--grad_ckpt", "--offload_ckpt"],
         ["--fp8", "--lora_targets", "q_proj,up_proj"],
         ["--dtype", "fp16"],
+        ["--dtype", "fp16", "--cuda_graph"],
         ["--dtype", "fp16", "--quant", "nf4", "--no-fused_loss"],
         ["--attn", "cudnn"],
         pytest.param(["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt"], marks=pytest.mark.slow),
@@ -513,6 +517,8 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
         (["--fp8", "--lora_r", 0], "--lora_r 0"),
         (["--dtype", "fp16", "--lora_r", 0], "--lora_r 0"),
         (["--offload_ckpt"], "--grad_ckpt"),
+        (["--cuda_graph", "--lora_r", 0], "--cuda_graph"),
+        (["--cuda_graph", "--grad_ckpt", "--offload_ckpt"], "--cuda_graph"),
         (["--offload_embed"], "--offload_embed"),  # the tiny model's head is its embedding
     ],
     ids=str,
