@@ -77,8 +77,8 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
 
 # what a resumed run may change: everything else would make it another run
 FREE = {"out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter", "attn", "fused_loss",
-        "compile", "cuda_graph", "grad_ckpt", "offload_ckpt", "offload_embed", "max_steps", "epochs", "patience", "eval_every",
-        "save_every", "allow_bad"}
+        "compile", "cuda_graph", "grad_ckpt", "offload_ckpt", "offload_embed", "max_steps", "epochs", "patience",
+        "eval_every", "save_every", "allow_bad"}
 
 
 def check(cfg):
@@ -112,9 +112,9 @@ def build(cfg, folder, device):
     # cuDNN's is the quicker one on an H100, but plans for 0.1 s and more at each length that it has not seen
     torch.backends.cuda.enable_cudnn_sdp(cfg.attn == "cudnn")
     torch.backends.cuda.enable_flash_sdp(cfg.attn != "cudnn")
-    began = time.time()
     if cfg.compile:
         plan.start_compiler()
+    began = time.time()
     if cfg.lora_r:
         model = models.load(folder, device, kept, quant.make_linear(cfg.quant), flash=cfg.attn != "naive")
         model.dtype = compute
