@@ -31,7 +31,7 @@ CKPT, NF4 = ["--grad_ckpt", "--compile", "--optim", "adamw8bit"], ["--quant", "n
 ROWS = {  # row: what, its lengths, recipes in a batch, flags
     "1": ("32 x 256, bf16 matmuls", "fixed", 32, [*NF4, *CKPT, "--offload_ckpt", "--attn", "cudnn"]),
     "2": ("32 x 256, fp8 matmuls", "fixed", 32, [*NF4, *CKPT, "--offload_ckpt", "--attn", "cudnn", "--fp8"]),
-    "3": ("no checkpoints", "fixed", 40, ["--quant", "fp8", "--fp8", "--compile", "--optim", "adamw8bit",
+    "3": ("no checkpoints", "fixed", 48, ["--quant", "fp8", "--fp8", "--compile", "--optim", "adamw8bit",
                                           "--attn", "cudnn"]),
     "4": ("16 recipes, sorted", "sorted", 16, [*NF4, *CKPT, "--fp8", "--cuda_graph"]),
     "5": ("16 recipes, sorted, bf16 weights", "sorted", 16, [*CKPT, "--fp8", "--cuda_graph"]),
