@@ -59,13 +59,13 @@ def start_compiler():
 
 
 def compile_blocks(model, checkpoint, halves):
-    """Each block, or half of one, as one graph for all lengths, and a chunk of the loss; with `checkpoint` it keeps its
-    input only and backward's graph computes it again."""
+    """Each block, or half of one, one graph for all lengths; with `checkpoint` backward's graph computes it again."""
     from torch._functorch import config as aot
     from torch._inductor import config as inductor
     torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
     inductor.shape_padding = False  # it asks for a graph of its own for each range of lengths
     aot.activation_memory_budget = 0 if checkpoint else 1
+    aot.autograd_cache_allow_custom_autograd_functions = True  # a second process then traces a block in seconds
     for block in model.layers:
         if halves:
             block.attend, block.mlp = (torch.compile(part, dynamic=True) for part in (block.attend, block.mlp))
@@ -197,10 +197,10 @@ class Graphs:
             self.warm = True
             return self.step(ids, where, targets, scale)
         (B, T), N = ids.shape, len(targets)
-        wide = -(-T // 16) * 16
+        wide = -(-T // 8) * 8
         slots = -(-N * 8 // (B * wide)) * B * wide // 8  # in eighths of the batch: few shapes, little padding
         key = B, wide, slots
-        replay, loss, into = self.graphs.get(key) or self.graphs.setdefault(key, self.capture(*key))
+        replay, loss, into = self.graphs[key] = self.graphs.get(key) or self.capture(*key)
         into[0][:, :T] = ids
         into[1][:N] = where // T * wide + where % T
         into[2][:N], into[2][N:] = targets, -1

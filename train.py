@@ -157,13 +157,13 @@ def build(cfg, folder, device):
             model.around = partial(checkpoint, use_reentrant=False, preserve_rng_state=cfg.lora_dropout > 0)
     if cfg.compile:  # one block is small and all are alike: one graph, for every length
         # the compiler's own checkpoint spares down_proj the second time, too; but it would draw dropout's mask anew
-        quant.Frozen.recomputed = cfg.grad_ckpt and not cfg.lora_dropout
-        plan.compile_blocks(model, quant.Frozen.recomputed, halves=cfg.offload_ckpt)
+        again = cfg.grad_ckpt and not cfg.lora_dropout
+        quant.Frozen.recomputed = again and not cfg.offload_embed  # whoever sends that away wants memory before speed
+        plan.compile_blocks(model, again, halves=cfg.offload_ckpt)
         say("compile", "each block, one graph for all lengths; the first step takes longer")
     if cfg.offload_ckpt:
         model.around, model.halves = plan.Offload(model.around, device), True
-        where = "pinned host memory" if device.type == "cuda" else "a copy, which buys nothing on this device"
-        say("offload", f"what blocks keep is in {where}: their input and attention's result, so o_proj runs once")
+        say("offload", "a block's input and what attention adds to it are in host memory, so o_proj runs once")
     return model, params, autocast
 
 
@@ -410,7 +410,7 @@ def main():
     if cfg.cuda_graph:
         forward_backward = plan.Graphs(forward_backward, list(params.values()), device)
         trained[0].grad = forward_backward.grad  # all of them, for good
-        say("cuda_graph", "one launch a micro-batch; lengths go up to multiples of 16, beside the padding shown")
+        say("cuda_graph", "one launch a micro-batch; lengths go up to multiples of 8, beside the padding shown")
 
     def measure():
         """Held-out loss; the best adapter so far is kept in best/."""
