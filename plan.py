@@ -3,7 +3,6 @@ import contextlib
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,8 +98,9 @@ def count_frozen(model, dtype):
 ADVICE = [  # in order of gain
     ("--grad_ckpt", lambda c: not c.grad_ckpt), ("--fused_loss", lambda c: not c.fused_loss),
     ("--quant nf4", lambda c: c.lora_r and c.quant == "none"), ("--attn flash", lambda c: c.attn == "naive"),
-    ("--offload_ckpt", lambda c: c.grad_ckpt and not c.offload_ckpt), ("--dtype bf16", lambda c: c.dtype == "fp32"),
-    ("--optim adamw8bit", lambda c: c.optim == "adamw"),
+    ("--no-cuda_graph", lambda c: c.cuda_graph),
+    ("--offload_ckpt", lambda c: c.grad_ckpt and not c.offload_ckpt and not c.cuda_graph),
+    ("--dtype bf16", lambda c: c.dtype == "fp32"), ("--optim adamw8bit", lambda c: c.optim == "adamw"),
     ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
     ("a smaller --max_len", lambda c: True)]
 
@@ -181,40 +181,40 @@ class Offload:
 
 
 class Graphs:
-    """--cuda_graph: forward and backward of a micro-batch as one CUDA graph for each padded shape, so that thousands of
-    launches become one. The first call runs as it is, and compiles; on other devices only the padding is done."""
+    """--cuda_graph: forward and backward of a micro-batch as one CUDA graph a padded shape: thousands of launches
+    become one. A shape runs as it is the first time, and compiles; then it is recorded. Elsewhere only the padding."""
 
     def __init__(self, step, params, device):
         """step(ids, where, targets, scale) -> loss, with the gradients added to those of params."""
-        self.step, self.device, self.graphs, self.warm = step, device, {}, False
+        self.step, self.device, self.into, self.graphs = step, device, {}, {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.grad = torch.zeros(sum(p.numel() for p in params), device=device)  # a graph adds to where it added before
         for p, part in zip(params, self.grad.split([p.numel() for p in params])):
             p.grad = part.view_as(p)
 
     def __call__(self, ids, where, targets, scale):
-        if not self.warm:
-            self.warm = True
-            return self.step(ids, where, targets, scale)
         (B, T), N = ids.shape, len(targets)
         wide = -(-T // 8) * 8
         slots = -(-N * 8 // (B * wide)) * B * wide // 8  # in eighths of the batch: few shapes, little padding
-        key = B, wide, slots
-        replay, loss, into = self.graphs[key] = self.graphs.get(key) or self.capture(*key)
+        if not (known := (key := (B, wide, slots)) in self.into):
+            slot = torch.arange(slots, device=self.device)
+            self.into[key] = ids.new_zeros(B, wide), slot, slot.clone(), torch.zeros((), device=self.device)
+        into = self.into[key]
         into[0][:, :T] = ids
         into[1][:N] = where // T * wide + where % T
         into[2][:N], into[2][N:] = targets, -1
         into[3].fill_(scale)
+        if key not in self.graphs and (not known or len(self.graphs) == 64):
+            return self.step(*into)  # beyond 64 graphs too: each takes memory of the driver's
+        replay, loss = self.graphs[key] = self.graphs.get(key) or self.capture(into)
         replay()
         return loss.clone()
 
-    def capture(self, B, T, N):
-        new = partial(torch.zeros, dtype=torch.long, device=self.device)
-        into = new(B, T), new(N), new(N), torch.zeros((), device=self.device)
+    def capture(self, into):
         if self.device.type != "cuda":
             loss = torch.zeros(())
-            return lambda: loss.copy_(self.step(*into)), loss, into
+            return lambda: loss.copy_(self.step(*into)), loss
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # the loader's thread goes on
             loss = self.step(*into)
-        return graph.replay, loss, into
+        return graph.replay, loss

@@ -90,7 +90,7 @@ def add(y, u, B):
 def row_scale(W):
     """e4m3's scale a row, [out, 1]. A row far below the others, zeros say, keeps room: a LoRA's B goes by the same."""
     scale = to_e4m3(W)[1]
-    return frozen(scale.clamp(min=scale.max().item() / 64))
+    return frozen(scale.clamp(min=max(scale.max().item() / 64, 1e-6)))
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -211,13 +211,14 @@ def fp8_mm(layers, x, u=None, B=None):
         B = pad(B, 1).float() / scale
         over = (B.abs().amax() / 448).clamp(min=1)
         codes = torch.cat((codes, (B / over).to(torch.float8_e4m3fn)), 1)
-        parts.append(pad(u, 1) * over)
+        parts.append(pad(u, 1).float() * over)
     y = scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype)
     if apart:
         y = add(y, u, B.t())
     elif torch.compiler.is_compiling():  # _scaled_mm has no derivative: 2.11's compiler takes what an autograd function
         y = y + 0 * x[:, :1]             # makes of it for a constant, and loses every gradient, but for a term in x
-    return y.split([layer.out_features for layer in layers], 1)
+    parts = y.split([layer.out_features for layer in layers], 1)  # of the narrow ones (k, v) a copy: a view keeps all
+    return [part.clone() if 4 * part.shape[1] < y.shape[1] else part for part in parts]
 
 
 def fp8_mm_t(layers, grads, du=None, A=None):

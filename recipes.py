@@ -186,16 +186,31 @@ def _field(row, name, many=False):
 MARK = re.compile(r"^(?:[-–—•*](?:\s+|$)|\*#?(?![^*]*\*)\s*|#+\s*(?=[^\W\d_])|\d{1,2}[.)](?:\s+(?!\d)|$))")
 
 
+# A footnote with what is in it, other tags without ("<5 g" is none), a link in a wiki's brackets, a bare link.
+MARKUP = re.compile(r"<ref\b[^<>]*/>|<ref\b[^<>]*>.*?</ref>|</?[a-z]+\d?(?: [^<>]*)?/?>|\[https?://[^]]*\]"
+                    r"|(?:https?://|www\.)\S+", re.IGNORECASE | re.DOTALL)
+# Whole items that speak of the page and not of the food.
+BOILERPLATE = re.compile(r"(?:originally published at|adapted from|recipe (?:by|from|courtesy of)|photo by|©"
+                         r"|copyright|all rights reserved|click here|subscribe|follow us|print this|advertisement)\b.*"
+                         r"|(?:©|source:).*", re.IGNORECASE)
+
+
 def tidy(text):
-    """Entities become characters (&frac12; is ½), and any run of white space (a no-break one too) a single space."""
-    return " ".join(html.unescape(text).split())
+    """Entities become characters (&frac12; is ½), and any run of white space (a no-break one too) a single space;
+    markup and links go."""
+    text = html.unescape(text)
+    if "<" in text or "://" in text or "www." in text:  # few have any: the search is slower than the rest
+        text = MARKUP.sub("", text)
+    return " ".join(text.split())
 
 
 def repair(recipe):
-    """The recipe with tidy texts and without list marks and empty items; the same object if there was nothing to do."""
+    """The recipe with tidy texts, without list marks, empty items and boilerplate; the same object if there was nothing
+    to do."""
     if recipe.completion is not None:  # a text that is no recipe is its owner's: its white space may mean something
         return recipe
-    ingredients, directions = ([item for item in (MARK.sub("", tidy(text)) for text in texts) if item]
+    ingredients, directions = ([item for item in (MARK.sub("", tidy(text)) for text in texts)
+                                if item and not BOILERPLATE.fullmatch(item)]
                                for texts in (recipe.ingredients, recipe.directions))
     fixed = Recipe(tidy(recipe.title), ingredients, directions)
     return recipe if fixed == recipe else fixed
@@ -211,6 +226,7 @@ class Rules:
     min_ingredients: int = 2   # drop recipes of fewer ingredients
     max_ingredients: int = 25  # drop recipes of more ingredients
     min_steps: int = 2         # drop recipes of fewer steps
+    min_mentioned: float = 0.2  # drop recipes of 4 or more ingredients if the directions name a smaller share of them
 
 
 @dataclass
@@ -253,6 +269,37 @@ def few_steps(recipe, heap):
     """Fewer than min_steps."""
     return _outside(len(recipe.directions), "step", low=heap.rules.min_steps)
 
+# "Prepare the duck as for wild duck", "Same as above", "See Pie Crust"; not "as directed on the package", "See that …"
+POINTER = re.compile(
+    r"(?:same as|as (?:for|in|above|directed) |follow (?:the )?(?:directions|recipe|instructions) (?:for|of|in|above)"
+    r"|see (?-i:[A-Z]\w*)(?= |\.?$)|see (?:no\. ?\d|page|recipe|above|directions)"
+    r"|(?:prepare|make|proceed|cook|serve|bake|finish|treat)(?: [\w’'-]+){0,4} (?:(?:exactly |just )?(?:the )?same as"
+    r"|as (?:for|in|above|directed (?:for|in|above)|the (?:above|preceding|previous|last))|like the (?:above|preceding"
+    r"|previous|last)|according to recipe))\b(?!.*\b(?:package|packet|packaging|box|label|tin|jar)\b)", re.IGNORECASE)
+
+
+def points_elsewhere(recipe, heap):
+    """A short step that only points to another recipe, which the reader does not have."""
+    return next((repr(step) for step in recipe.directions if len(step.split()) <= 12 and POINTER.match(step)), "")
+
+
+WORD = re.compile(r"[^\W\d_]{3,}")
+UNITS = set(re.findall(r"\w+", """cup cups cupful tablespoon tablespoons tablespoonful teaspoon teaspoons teaspoonful
+    tbsp tsp ounce ounces pound pounds gram grams kilogram litre liter pint pints quart quarts large small medium fresh
+    pinch dash can cans package piece pieces slice slices and the for with from some about each more into taste"""))
+ALL = re.compile(r"\b(?:ingredients|everything|all together|(?:mix|combine|stir|blend|beat|boil) (?:it |them )?all)\b")
+
+
+def unused_ingredients(recipe, heap):
+    """Directions that name almost none of the ingredients, nor all of them at once: the two do not belong together."""
+    text = " ".join(recipe.directions).casefold()
+    names = [n for item in recipe.ingredients if (n := [w for w in WORD.findall(item.casefold()) if w not in UNITS])]
+    named = sum(any(w[:max(3, len(w) - 2)] in text for w in words) for words in names)  # less the plural's ending
+    if len(names) < 4 or named >= heap.rules.min_mentioned * len(names) or ALL.search(text):
+        return ""
+    return f"{named} of {len(names)} ingredients in the directions"
+
+
 def duplicate(recipe, heap):
     """The content of an earlier recipe. The last rule, so that only what stays can make another one a duplicate."""
     k = key(recipe)
@@ -264,7 +311,8 @@ def duplicate(recipe, heap):
 
 # In this order: the first rule that a recipe fails counts it.
 RULES = {rule.__name__: rule for rule in
-         (no_title, too_short, too_long, few_ingredients, many_ingredients, few_steps, duplicate)}
+         (no_title, too_short, too_long, few_ingredients, many_ingredients, few_steps, points_elsewhere,
+          unused_ingredients, duplicate)}
 ANY_TEXT = {"too_short", "too_long", "duplicate"}  # the rules that make sense for a text that is no recipe
 
 

@@ -59,7 +59,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
     offload_ckpt: bool = False         # keep it in pinned host memory while the other blocks run
     offload_embed: bool = False        # keep the input embedding in host memory
     compile: bool = False              # torch.compile, one graph for all blocks and lengths
-    cuda_graph: bool = False           # launch a step as one CUDA graph: for small batches and slow hosts
+    cuda_graph: bool = False           # launch a micro-batch as one CUDA graph: for small batches and slow hosts
     optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8bit: a quarter of the states; paged: to host
     grad_accum: int = 1                # micro-batches a step: the gradient of one batch that many times larger
     # --- schedule ---
@@ -93,8 +93,8 @@ def check(cfg):
     if not cfg.lora_r and (cfg.quant != "none" or cfg.fp8 or cfg.dtype == "fp16"):
         raise UserError("--lora_r 0 trains all weights, and 4 or 8 bits or fp16 are too coarse for its small steps: "
                         "drop --quant, --fp8 and --dtype fp16, or train an adapter (--lora_r 16).")
-    if cfg.cuda_graph and (not cfg.lora_r or cfg.offload_ckpt or cfg.offload_embed):
-        raise UserError("--cuda_graph goes with neither --lora_r 0, --offload_ckpt nor --offload_embed: drop it.")
+    if cfg.cuda_graph and (not cfg.lora_r or cfg.lora_dropout or cfg.offload_ckpt or cfg.offload_embed):
+        raise UserError("--cuda_graph goes with none of --lora_r 0, --lora_dropout and --offload_â€¦: drop it.")
     if cfg.offload_ckpt and not cfg.grad_ckpt:
         raise UserError("--offload_ckpt moves what --grad_ckpt keeps: add --grad_ckpt.")
 
@@ -163,7 +163,7 @@ def build(cfg, folder, device):
         say("compile", "each block, one graph for all lengths; the first step takes longer")
     if cfg.offload_ckpt:
         model.around, model.halves = plan.Offload(model.around, device), True
-        say("offload", "a block's input and what attention adds to it are in host memory, so o_proj runs once")
+        say("offload", "the inputs of a block and of its MLP are in host memory, so o_proj runs once")
     return model, params, autocast
 
 

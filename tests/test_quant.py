@@ -97,6 +97,17 @@ def test_a_loras_products_ride_along(kind, fp8, bound, large):
     assert error(made.mm_t(dy, u, A), dy @ W + u @ A) <= bound
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-4, 0.0])
+def test_a_tiny_layer_of_a_group_costs_the_others_nothing_in_fp8(factor):
+    """Gate's output beside an up layer of small or no weights at all, with a B of ordinary size on both."""
+    W, g = weight(256, 128), torch.Generator().manual_seed(1)
+    layers = [layer("none", W, fp8=True), layer("none", W * factor, fp8=True)]
+    x, u, B = (torch.randn(*shape, generator=g) for shape in ((9, 128), (9, 4), (512, 4)))
+    gate, up = quant.fp8_mm(layers, x, u, B * 0.02)
+    assert error(gate, x @ W.t() + u @ (B[:256] * 0.02).t()) < 0.06
+    assert error(up, x @ (W * factor).t() + u @ (B[256:] * 0.02).t()) < 0.2
+
+
 def test_a_group_of_nf4_layers_has_the_gradients_of_plain_ones_on_the_same_weights():
     grads = []
     for kind in ("nf4", "none"):

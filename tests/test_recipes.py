@@ -390,7 +390,7 @@ def recipe(words=40, ingredients=3, steps=2, title="Tea"):
     return Recipe(title, items, parts)
 
 
-BOUNDS = Rules(min_words=20, max_words=60, min_ingredients=2, max_ingredients=5, min_steps=2)
+BOUNDS = Rules(min_words=20, max_words=60, min_ingredients=2, max_ingredients=5, min_steps=2, min_mentioned=0)
 RULE_CASES = {  # rule: what it drops, what just passes, and the example
     "no_title": ({"title": ""}, {"title": "T"}, "(no title): no title"),
     "too_short": ({"words": 19}, {"words": 20}, "Tea: 19 words"),
@@ -402,7 +402,7 @@ RULE_CASES = {  # rule: what it drops, what just passes, and the example
 
 
 def test_every_rule_has_a_case_a_docstring_and_a_count_of_zero():
-    assert [*RULE_CASES, "duplicate"] == list(RULES)
+    assert [*RULE_CASES, "points_elsewhere", "unused_ingredients", "duplicate"] == list(RULES)
     assert all(rule.__doc__ for rule in RULES.values())
     assert Account().dropped == dict.fromkeys(RULES, 0)
     assert Account().examples == {name: [] for name in RULES}
@@ -417,6 +417,67 @@ def test_a_rule_drops_what_is_beyond_its_bound_and_only_that(rule):
     assert account.dropped == dict.fromkeys(RULES, 0) | {rule: 2}
     assert account.examples[rule] == [example] * 2
     assert account.kept == 2
+
+
+@pytest.mark.parametrize("step", [
+    "Prepare the duck as for wild duck.", "Prepare as above", "Same as the last.", "See Pie Crust.", "see page 12",
+    "Cook this pudding like the previous one", "Follow recipe for mixing butter cakes.", "Bake the same as any bread",
+    "Make a syrup as for Lemon Ice", "Treat further as for Ham Strudel (No. 1229)", "As directed above."])
+def test_a_step_that_only_points_to_another_recipe(step):
+    rest = ["Sift flour and soda.", "Bake for an hour."]
+    got, account = cleaned([Recipe("Bread", BREAD.ingredients, [*rest, step])], LOOSE)
+    assert got == [] and account.dropped == dict.fromkeys(RULES, 0) | {"points_elsewhere": 1}
+    assert account.examples["points_elsewhere"] == [f"Bread: {step!r}"]
+
+
+@pytest.mark.parametrize("step", [
+    "Cook the pasta as directed on the package.", "See that the oven is hot.", "Serve as a starter.",
+    "Make the pudding as directed on the box; let stand.", "Cook as for a crowd," + " and stir" * 8,
+    "Serve with cream as in summer berries are plenty and cheap enough for all to eat", "Bake as long as it takes."])
+def test_a_step_that_says_what_to_do_stays(step):
+    recipe = Recipe("Bread", BREAD.ingredients, ["Sift flour and soda.", step])
+    assert cleaned([recipe], LOOSE)[0] == [recipe]
+
+
+ITEMS = ["2 cups flour", "3 large tomatoes", "1 egg", "a pinch of salt"]
+
+
+@pytest.mark.parametrize("ingredients, directions, stays", [
+    (ITEMS, "Bake it. Eat it.", False),
+    (ITEMS, "Bake a tomato.", True),                       # 1 of 4, in the singular
+    ([*ITEMS, "butter", "honey"], "Stir the honey.", False),  # 1 of 6 is less than a fifth
+    (ITEMS, "Mix all the ingredients.", True),
+    (ITEMS, "Put everything into a bowl.", True),
+    (ITEMS[:3], "Bake it. Eat it.", True),                 # too few to tell
+    (["1 cup", "2 large", "3", "4"], "Bake it.", True),    # no names at all
+])
+def test_ingredients_that_the_directions_never_name(ingredients, directions, stays):
+    got, account = cleaned([Recipe("Pie", ingredients, [directions, "Serve."])], LOOSE)
+    assert len(got) == stays == 1 - account.dropped["unused_ingredients"]
+    if not stays:
+        n = 1 if "honey" in directions else 0
+        why = f"{n} of {len(ingredients)} ingredients in the directions"
+        assert account.examples["unused_ingredients"] == [f"Pie: {why}"]
+
+
+@pytest.mark.parametrize("before, after", [
+    ("Stir.<ref>Cook, 1899</ref> Serve.", "Stir. Serve."), ("Stir<ref name=a/> well", "Stir well"),
+    ("<b>Stir</b> <br/>well", "Stir well"), ("Beat ([https://x.org/v see]) it", "Beat () it"),
+    ("Read https://x.org/a?b=1 first", "Read first"), ("<span class='x'>½ cup</span>", "½ cup")])
+def test_markup_and_links_go(before, after):
+    assert repair(Recipe("T", [before], [before])) == Recipe("T", [after], [after])
+
+
+@pytest.mark.parametrize("text", ["under <5 g of salt", "a < b > c", "x <3 y", "Source a good ham.", "Adapt it"])
+def test_what_only_looks_like_markup_or_boilerplate_stays(text):
+    recipe = Recipe("T", [text], [text])
+    assert repair(recipe) is recipe
+
+
+@pytest.mark.parametrize("item", ["Originally published at https://x.org/food", "© 1999 A. Cook", "Recipe by A. Cook",
+                                  "All rights reserved.", "Source: somebody's blog", "Click here to print"])
+def test_items_about_the_page_go(item):
+    assert repair(Recipe("T", ["tea", item], ["Stir.", item])) == Recipe("T", ["tea"], ["Stir."])
 
 
 def test_duplicates_by_content_whatever_the_title_case_and_white_space():
@@ -493,7 +554,7 @@ def test_cleaning_streams():
 
 
 def test_every_bound_has_a_help_text():
-    assert all(helps(Rules).values()) and len(helps(Rules)) == 5
+    assert all(helps(Rules).values()) and len(helps(Rules)) == 6
 
 
 # ---- keys and holding out -------------------------------------------------------------------------------------------

@@ -518,6 +518,7 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
         (["--dtype", "fp16", "--lora_r", 0], "--lora_r 0"),
         (["--offload_ckpt"], "--grad_ckpt"),
         (["--cuda_graph", "--lora_r", 0], "--cuda_graph"),
+        (["--cuda_graph", "--lora_dropout", 0.1], "--cuda_graph"),
         (["--cuda_graph", "--grad_ckpt", "--offload_ckpt"], "--cuda_graph"),
         (["--offload_embed"], "--offload_embed"),  # the tiny model's head is its embedding
     ],
