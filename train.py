@@ -254,14 +254,14 @@ def count_steps(heap, cfg):
 @torch.no_grad()
 def evaluate(model, held, cfg, text, device, autocast):
     """Held-out loss per target token, through the same loss as training: fused, it never holds the logits."""
-    lengths = held.lengths(held.val)
+    total, count, lengths = 0.0, 0, held.lengths(held.val)
     order = (-lengths).argsort(kind="stable")
-    total, count = 0.0, 0
     model.eval()
     batches = [[held.val[rows]] for rows in data.cut(order, lengths, cfg.batch_size, cfg.batch_tokens)]
     for batch, in data.feed(held, batches, device, cfg.mask_prompt, text.bos):
         with autocast:
-            h = model(batch.ids)
+            with torch.set_grad_enabled(cfg.compile):  # then training's graph serves here, too: half the compiling
+                h = model(batch.ids).detach()
             part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, 1.0, cfg.fused_loss,
                                    model.loss_chunk)
         total += part.item()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -277,6 +278,17 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
     h = model(torch.arange(40)[None])
     assert [ref() is not None for ref in inputs] == [True] + [False] * 7, "still held"
     h.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, blocks", [(["--grad_ckpt"], 1), (["--grad_ckpt", "--offload_ckpt"], 2), ([], 1)])
+def test_training_and_evaluation_share_the_graphs_of_a_block(base, run, tmp_path, flags, blocks):
+    """One of a block (or of each half), and one of a chunk of the loss with gradients and perhaps one without."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    code, _, err = run(*base, "--out", tmp_path / "out", "--compile", *flags)
+    graphs = int(re.search(r"(\d+) graphs, 0 of them after step", err)[1])
+    assert code == 0 and blocks + 1 <= graphs <= blocks + 2
 
 
 def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp_path, monkeypatch):
