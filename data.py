@@ -233,9 +233,8 @@ def cut(order, lengths, batch_size, batch_tokens):
 def plan(lengths, cfg, epoch, grad_accum=1):
     """An epoch: a list of steps, a step a list of grad_accum micro-batches, those arrays of positions in `lengths`.
 
-    A pure function of its arguments and the seed. The step with the longest recipe comes first: running out of memory
-    shows at once (as in lit-llama's length_grouped_sampler). Micro-batches of a step are neighbours: N of batch B hold
-    what one of batch N x B holds, so accumulation changes no loss."""
+    A pure function of its arguments. The step with the longest recipe comes first: running out of memory shows at once
+    (lit-llama's length_grouped_sampler). Micro-batches of a step are neighbours: accumulation changes no loss."""
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(len(lengths))
     if cfg.batching == "sorted":
@@ -245,15 +244,14 @@ def plan(lengths, cfg, epoch, grad_accum=1):
         order[[0, longest]] = order[[longest, 0]]
     batches = cut(order, lengths, cfg.batch_size, cfg.batch_tokens)
     steps = [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
-    later = steps[1:]
-    rng.shuffle(later)
+    rng.shuffle(later := steps[1:])
     return steps[:1] + later
 
 
 def padding(lengths, cfg):
     """Share of an epoch's tokens that are padding."""
     padded = sum(len(b) * lengths[b].max() for step in plan(lengths, cfg, 0) for b in step)
-    return 1 - lengths.sum() / padded
+    return float(1 - lengths.sum() / padded)
 
 
 # ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens;
@@ -310,31 +308,29 @@ def feed(heap, steps, device, mask_prompt, bos, ahead=4):
 class Show:
     json: bool = False                 # the account as JSON on stdout
     show: int = 0                      # print this many recipes with their target tokens coloured
+    to: str = ""                       # write the cleaned recipes here, .jsonl or .jsonl.gz
 
 
 def full_account(heap, held, cfg):
     """Everything that data.py prints, as one dict."""
-    lengths = heap.lengths(slice(None))
-    train = heap.lengths(heap.train)
-    share = {kind: padding(train, Data(**{**asdict(cfg), "batching": kind})) for kind in ("random", "sorted")}
+    lengths, train = heap.lengths(slice(None)), heap.lengths(heap.train)
     return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()),
             "lengths": {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)},
-            "padding": {k: round(float(v), 4) for k, v in share.items()}, "batch_size": cfg.batch_size,
-            "batch_tokens": cfg.batch_tokens}
+            "padding": {kind: padding(train, Data(**{**asdict(cfg), "batching": kind}))
+            for kind in ("random", "sorted")}, "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
 
 
 def print_account(a):
     lines = [("read", f"{a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")]
     lines += [("", f"    bad: {example}") for example in a["bad_examples"]]
     for rule, count in a["dropped"].items():
-        lines += [("dropped", f"{count:>7}  {rule}"), *(("", f"             {e}") for e in a["examples"].get(rule, []))]
-    share = ", ".join(f"{kind} {value:.2%}" for kind, value in a["padding"].items())
+        most = "  more than half of all: is that bound right?" if 2 * count > a["read"] else ""
+        lines += [("dropped", f"{count:>7}  {rule}{most}"), *(("", f"{'':13}{e}") for e in a["examples"].get(rule, []))]
     size = f"{a['batch_tokens']} tokens" if a["batch_tokens"] else f"{a['batch_size']} recipes"
     lines += [("kept", f"{a['kept']} recipes, {a['held_out']} held out"),
               ("tokens", f"{a['tokens']:,}; a recipe has " + ", ".join(f"{v} ({k})" for k, v in a["lengths"].items())),
-              ("padding", f"batches of {size}: {share}")]
-    for what, text in lines:
-        print(f"{what:<12} {text}".rstrip())
+              ("padding", f"batches of {size}: " + ", ".join(f"{k} {v:.2%}" for k, v in a["padding"].items()))]
+    print("\n".join(f"{what:<12} {text}".rstrip() for what, text in lines))
 
 
 def show(heap, text, cfg, n):
@@ -349,6 +345,10 @@ def main():
     cfg, rules, what = cli.parse(__doc__, Data, recipes.Rules, Show)
     check(cfg)
     cli.bound(what, show=(0, float("inf")))
+    if what.to:
+        files, account = cfg.data or [convert.default_recipes(cache_folder(cfg))], recipes.Account()
+        recipes.save(recipes.clean(recipes.read(files, account, cfg.allow_bad), rules, account), Path(what.to))
+        return print(f"{account.kept} of {account.read} recipes are in {what.to}")
     heap, held, text = prepare(cfg, rules, convert.resolve(cfg.model, cache_folder(cfg)))
     if what.show:
         return show(heap, text, cfg, what.show)

@@ -196,8 +196,7 @@ BOILERPLATE = re.compile(r"(?:originally published at|adapted from|recipe (?:by|
 
 
 def tidy(text):
-    """Entities become characters (&frac12; is ½), and any run of white space (a no-break one too) a single space;
-    markup and links go."""
+    """Entities become characters (&frac12; is ½), white space (a no-break one too) single spaces; markup goes."""
     text = html.unescape(text)
     if "<" in text or "://" in text or "www." in text:  # few have any: the search is slower than the rest
         text = MARKUP.sub("", text)
@@ -205,8 +204,7 @@ def tidy(text):
 
 
 def repair(recipe):
-    """The recipe with tidy texts, without list marks, empty items and boilerplate; the same object if there was nothing
-    to do."""
+    """The recipe with tidy texts, without list marks, empty items and boilerplate; the same object if all was well."""
     if recipe.completion is not None:  # a text that is no recipe is its owner's: its white space may mean something
         return recipe
     ingredients, directions = ([item for item in (MARK.sub("", tidy(text)) for text in texts)
@@ -283,18 +281,17 @@ def points_elsewhere(recipe, heap):
     return next((repr(step) for step in recipe.directions if len(step.split()) <= 12 and POINTER.match(step)), "")
 
 
-WORD = re.compile(r"[^\W\d_]{3,}")
-UNITS = set(re.findall(r"\w+", """cup cups cupful tablespoon tablespoons tablespoonful teaspoon teaspoons teaspoonful
-    tbsp tsp ounce ounces pound pounds gram grams kilogram litre liter pint pints quart quarts large small medium fresh
-    pinch dash can cans package piece pieces slice slices and the for with from some about each more into taste"""))
+UNITS = set(re.findall(r"\w+", """cup cups cupful tablespoon tablespoons teaspoon teaspoons tbsp tsp ounce ounces pound
+    pounds gram grams pint pints quart quarts large small medium fresh pinch dash can cans piece and the with from"""))
 ALL = re.compile(r"\b(?:ingredients|everything|all together|(?:mix|combine|stir|blend|beat|boil) (?:it |them )?all)\b")
 
 
 def unused_ingredients(recipe, heap):
     """Directions that name almost none of the ingredients, nor all of them at once: the two do not belong together."""
     text = " ".join(recipe.directions).casefold()
-    names = [n for item in recipe.ingredients if (n := [w for w in WORD.findall(item.casefold()) if w not in UNITS])]
-    named = sum(any(w[:max(3, len(w) - 2)] in text for w in words) for words in names)  # less the plural's ending
+    words = (re.findall(r"[^\W\d_]{3,}", item.casefold()) for item in recipe.ingredients)
+    names = [n for found in words if (n := [w for w in found if w not in UNITS])]
+    named = sum(any(w[:max(3, len(w) - 2)] in text for w in n) for n in names)  # less the plural's ending
     if len(names) < 4 or named >= heap.rules.min_mentioned * len(names) or ALL.search(text):
         return ""
     return f"{named} of {len(names)} ingredients in the directions"
@@ -340,6 +337,22 @@ def key(recipe):
     else:
         content = f"{recipe.prompt}\0{recipe.completion}"
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+
+
+def save(recipes, path):
+    """Write recipes as JSON Lines that `read` takes, gzipped if the name ends in .gz. All of them or no file."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(part, "wt", encoding="utf-8") as out:
+            for r in recipes:
+                row = ("title", "ingredients", "directions") if r.completion is None else ("prompt", "completion")
+                out.write(json.dumps({name: getattr(r, name) for name in row}, ensure_ascii=False) + "\n")
+        part.replace(path)
+    except OSError as e:
+        raise UserError(f"--to {path} cannot be written ({e}).") from None
+    finally:
+        if part.is_file():
+            part.unlink()
 
 
 def held_out(keys, n, seed):

@@ -806,3 +806,31 @@ def test_closing_early_ends_the_thread(fed):
     assert [int(batch.rows[0]) for batch in itertools.islice(batches, 3)] == [0, 1, 2]
     assert threading.active_count() > 1
     batches.close()
+
+
+@pytest.mark.parametrize("name", ["clean.jsonl", "clean.jsonl.gz"])
+def test_the_cleaned_heap_is_written_for_other_programs_and_read_again(tmp_path, name):
+    steps = ["Boil &amp; wait.", "Pour \u2028 it " * 12]
+    rows = [{"title": "Tea", "ingredients": ["water", "tea"], "directions": steps},
+            {"text": "A text of its own. " * 8}, {"title": "Stub", "ingredients": ["salt"], "directions": []}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    done = program("data.py", "--data", source, "--to", tmp_path / name)
+    assert done.stdout.splitlines()[-1] == f"2 of 3 recipes are in {tmp_path / name}"
+    first, second = ([(r.title, r.ingredients, r.directions, r.prompt, r.completion) for r in heap] for heap in (
+        recipes.clean(recipes.read([source], recipes.Account()), recipes.Rules(), recipes.Account()),
+        recipes.read([tmp_path / name], recipes.Account())))
+    assert first == second and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("place", ["none/clean.jsonl", "a.jsonl/clean.jsonl"])
+def test_a_heap_that_cannot_be_written_is_said(tmp_path, place):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "A text of its own. " * 8}])
+    done = program("data.py", "--data", source, "--to", tmp_path / place, check=False)
+    assert done.returncode == 2 and "--to" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_rule_that_takes_more_than_half_says_so(tmp_path):
+    rows = [{"text": f"text {i} " * (30 if i < 2 else 2)} for i in range(6)]
+    done = program("data.py", "--data", write_jsonl(tmp_path / "a.jsonl", rows), "--val_recipes", 1)
+    took, = (line for line in done.stdout.splitlines() if "too_short" in line)
+    assert "4  too_short  more than half of all" in took and done.stdout.count("more than half") == 1
