@@ -371,12 +371,12 @@ def test_init_adapter_begins_where_the_other_ended(base, run, tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("more", [["--lora_dropout", 0.1], ["--lora_dropout", 0.1, "--optim", "adamw8bit"],
+                                  ["--cuda_graph"]], ids=str)
 def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(
-    base, run, tmp_path, monkeypatch, number, code, optim
+    base, run, tmp_path, monkeypatch, number, code, more
 ):
-    flags = [*base, "--lora_dropout", 0.1, "--batch_size", 3, "--grad_accum", 2, "--max_steps", 12, "--eval_every", 5]
-    flags += ["--optim", optim]
+    flags = [*base, "--batch_size", 3, "--grad_accum", 2, "--max_steps", 12, "--eval_every", 5, *more]
     ok(run(*flags, "--out", tmp_path / "whole"))
     log = train.state.Run.log
 
