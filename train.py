@@ -56,7 +56,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
     attn: Literal["naive", "flash", "cudnn"] = "flash"  # flash, cudnn: scores are never held; cudnn: for few lengths
     fused_loss: bool = True            # the logits are never held in full -> model.py
     grad_ckpt: bool = False            # keep one tensor a block, compute the block again in backward
-    offload_ckpt: bool = False         # keep it in pinned host memory while the other blocks run
+    offload_ckpt: bool = False         # keep it, and the MLP's input, in pinned host memory meanwhile
     offload_embed: bool = False        # keep the input embedding in host memory
     compile: bool = False              # torch.compile, one graph for all blocks and lengths
     cuda_graph: bool = False           # launch a micro-batch as one CUDA graph: for small batches and slow hosts
