@@ -308,7 +308,7 @@ def feed(heap, steps, device, mask_prompt, bos, ahead=4):
 class Show:
     json: bool = False                 # the account as JSON on stdout
     show: int = 0                      # print this many recipes with their target tokens coloured
-    to: str = ""                       # write the cleaned recipes here, .jsonl or .jsonl.gz
+    to: str = ""                       # write the recipes here, always cleaned, .jsonl or .jsonl.gz
 
 
 def full_account(heap, held, cfg):

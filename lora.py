@@ -5,8 +5,9 @@ at zero, so an untrained adapter changes nothing. s is lora_alpha / r, or lora_a
 
 Beside peft, where each layer runs its own three products and autograd keeps their inputs, this file sends the layers
 that share an input (q, k, v; gate, up) through one autograd function: the input is kept once, all A are multiplied at
-once, and W is asked for again in backward instead of being kept. It speaks to W by two methods only, mm(x) = x · Wᵀ
-and mm_t(g) = g · W, so the same lines serve bf16, NF4 and fp8 weights. Files are in PEFT's format, both ways.
+once, and W is asked for again in backward instead of being kept. It speaks to W by two methods, mm(x) = x · Wᵀ and
+mm_t(g) = g · W (with --fp8 for a whole group at once), so the same lines serve bf16, NF4 and fp8 weights. Files are in
+PEFT's format, both ways.
 
     model = model.load(folder, make_linear=quant.make_linear("none"))
     adapt(model, r=16, alpha=32)                    # or: load(model, "out")

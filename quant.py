@@ -121,7 +121,7 @@ class Plain(Frozen):
 
 
 class FP8(Frozen):
-    """W in e4m3; each row has a scale that takes its largest magnitude to e4m3's, 448."""
+    """W in e4m3; each row has a scale that takes its largest magnitude to e4m3's, 448, at most."""
 
     def __init__(self, weight):
         super().__init__(weight.shape)
