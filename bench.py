@@ -35,8 +35,7 @@ ROWS = {  # row: what, its lengths, recipes in a batch, flags
                                           "--attn", "cudnn"]),
     "4": ("16 recipes, sorted", "sorted", 16, [*NF4, *CKPT, "--fp8", "--cuda_graph"]),
     "5": ("16 recipes, sorted, bf16 weights", "sorted", 16, [*CKPT, "--fp8", "--cuda_graph"]),
-    "6": ("1 x 2048, least memory", "long", 1, [*NF4, *CKPT, "--fp8", "--offload_ckpt", "--offload_embed",
-                                                "--attn", "cudnn"]),
+    "6": ("1 x 2048, least memory", "long", 1, [*NF4, *CKPT, "--offload_ckpt", "--offload_embed", "--attn", "cudnn"]),
     "7": ("to the first step", "fixed", 32, [*NF4, *CKPT, "--fp8"]),
 }
 
