@@ -1,11 +1,11 @@
 """On the card: every fast path against plain fp32 on the same dequantised weights, at Llama-3-8B's widths.
 
 Two blocks of random weights under an embedding of deviation 1 (as after training, a block adds to the stream and does
-not replace it), B not zero. A loss at random weights says nothing, so the gradient of every A and B is compared, and the
-adapter after 20 steps. The bounds are calibrated: transformers + peft in bf16 are off by 0.045 here, this code by 0.026
-at most. A product of e4m3 numbers, three bits of mantissa on either side, is off by 0.036 (tests/test_quant.py); over
-the products of two blocks, there and back, that adds up to 0.25. Without a GPU these skip; `python -m pytest -m gpu`
-runs them.
+not replace it), B not zero. A loss at random weights says nothing, so the gradient of every A and B is compared, and
+the adapter after 20 steps. The bounds are calibrated: transformers + peft in bf16 are off by 0.045 here, this code by
+0.026 at most. A product of e4m3 numbers, three bits of mantissa on either side, is off by 0.036 (tests/test_quant.py);
+over the products of two blocks, there and back, that adds up to 0.25. Without a GPU these skip; `python -m pytest -m
+gpu` runs them.
 """
 
 import dataclasses
