@@ -33,8 +33,7 @@ def pick_dtype(name, device):
     are kept, half of fp32's memory, and the product is made in fp32."""
     native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: True,
               "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[device.type]()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"this {device.type}"
-    why = "as asked"
+    where, why = torch.cuda.get_device_name() if device.type == "cuda" else f"this {device.type}", "as asked"
     if name == "auto":
         name = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
         why = f"{where} has {'' if native else 'no '}bf16 instructions"
@@ -61,6 +60,7 @@ def compile_blocks(model, checkpoint, halves):
     """Each block, or half of one, one graph for all lengths; with `checkpoint` backward's graph computes it again."""
     from torch._functorch import config as aot
     from torch._inductor import config as inductor
+    torch._dynamo.config.specialize_float = True  # no float changes here; to find that out it would trace twice
     torch.fx.experimental._config.use_duck_shape = False  # sizes equal by chance, B and T say, stay two
     inductor.shape_padding = False  # it asks for a graph of its own for each range of lengths
     aot.activation_memory_budget = 0 if checkpoint else 1
