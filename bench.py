@@ -37,6 +37,8 @@ ROWS = {  # row: what, its lengths, recipes in a batch, flags
     "5": ("16 recipes, sorted, bf16 weights", "sorted", 16, [*CKPT, "--fp8", "--cuda_graph"]),
     "6": ("1 x 2048, least memory", "long", 1, [*NF4, *CKPT, "--offload_ckpt", "--offload_embed", "--attn", "cudnn"]),
     "7": ("to the first step", "fixed", 32, [*NF4, *CKPT, "--fp8"]),
+    "8": ("recipes of row 4, packed", "sorted", 16, [*NF4, *CKPT, "--fp8", "--batching", "packed"]),
+    "9": ("8,192 tokens", "sorted", 32, [*NF4, *CKPT, "--fp8", "--batching", "packed", "--batch_tokens", "8192"]),
 }
 
 

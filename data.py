@@ -8,6 +8,7 @@
 Follow one recipe: recipes.py reads and cleans it, `prepare` tokenises it once into a mapped file, `plan` says which
 batch of which step it is in, `collate` pads that batch, `feed` has it on the device before it is needed.
 """
+import bisect
 import hashlib
 import json
 import os
@@ -35,13 +36,17 @@ class Data:
     val_recipes: int = 32              # recipes held out of training, on which val_loss is measured
     max_len: int = 1024                # tokens; a longer recipe is dropped and counted, never cut
     mask_prompt: bool = False          # train on the completion only: for recipes, all that follows the title
-    batching: Literal["random", "sorted"] = "sorted"  # sorted: batches of one length, shuffled; the loss is a saw
+    batching: Literal["random", "sorted", "packed"] = "sorted"  # sorted: by length; packed: end to end in long rows
     batch_size: int = 2                # recipes in a micro-batch
-    batch_tokens: int = 0              # in place of batch_size: padded tokens in a micro-batch; short recipes ride wide
+    batch_tokens: int = 0              # in place of batch_size: tokens in a micro-batch; 0 and packed: 4096
     allow_bad: float = 0.01            # share of rows that may be broken
     clean: bool = True                 # apply the rules; --no-clean takes every recipe as it is
     seed: int = 1                      # of the held-out choice, the order of batches, the adapter's start and dropout
     cache: str = ".cache"              # downloads, converted models, tokens; beside the code unless absolute
+
+    @property
+    def budget(self):  # tokens of a packed row, whole tiles of a kernel; 0: not packed
+        return -(-(self.batch_tokens or 4096) // 8) * 8 if self.batching == "packed" else 0
 
 
 def check(cfg):
@@ -195,8 +200,8 @@ def prepare(cfg, rules, folder):
                 raise UserError(f"{flag}: {f} is no file.")
         heap = Heap(tokenise(files, cfg, rules, text))
         heap.drop_long(cfg.max_len, text)
-        if 0 < cfg.batch_tokens < (longest := heap.rows["length"].max()):
-            raise UserError(f"--batch_tokens {cfg.batch_tokens}: the longest recipe has {longest} tokens; raise it.")
+        if 0 < (most := cfg.budget or cfg.batch_tokens) < (longest := heap.rows["length"].max()):
+            raise UserError(f"--batch_tokens {most}: the longest recipe has {longest} tokens; raise it.")
         return heap
 
     heap = load(files, "--data")
@@ -217,17 +222,35 @@ def prepare(cfg, rules, folder):
 # --- batches ---
 
 
-def cut(order, lengths, batch_size, batch_tokens):
-    """Consecutive recipes of `order` as batches: batch_size of them, or as many as fit into batch_tokens padded."""
-    if not batch_tokens:
-        return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+def cut(order, lengths, cfg):
+    """The recipes of `order` as batches: batch_size of them, or as many as fit into batch_tokens padded, or packed."""
+    if cfg.budget:
+        return [b for i in range(0, len(order), 4096) for b in pack(order[i:i + 4096], lengths, cfg.budget)]
+    if not cfg.batch_tokens:
+        return [order[i:i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
     batches, begin, widest = [], 0, 0
     for i, length in enumerate(lengths[order].tolist()):
         widest = max(widest, length)
-        if widest * (i + 1 - begin) > batch_tokens:
+        if widest * (i + 1 - begin) > cfg.batch_tokens:
             batches.append(order[begin:i])
             begin, widest = i, length
     return [*batches, order[begin:]]
+
+
+def pack(order, lengths, budget):
+    """Best fit decreasing: the longest first, each into the fullest row that still takes it. A window of the epoch's
+    random order at a time: what shares a row is random, and nothing is sorted whole."""
+    rows, room = [], []  # room: (tokens that are free, row), sorted, of the rows that are not full
+    for i in order[np.argsort(-lengths[order], kind="stable")].tolist():
+        need = int(lengths[i]) - 1  # the last token is a target only
+        at = bisect.bisect_left(room, (need, 0))
+        free, row = room.pop(at) if at < len(room) else (budget, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        if len(rows[row]) < budget // 32:
+            bisect.insort(room, (free - need, row))
+    return [np.array(row) for row in rows]
 
 
 def plan(lengths, cfg, epoch, grad_accum=1):
@@ -242,7 +265,9 @@ def plan(lengths, cfg, epoch, grad_accum=1):
     else:
         longest = lengths[order].argmax()
         order[[0, longest]] = order[[longest, 0]]
-    batches = cut(order, lengths, cfg.batch_size, cfg.batch_tokens)
+    batches = cut(order, lengths, cfg)
+    if cfg.budget:  # of a window the first rows hold the longest recipes, the last many short ones
+        rng.shuffle(batches)
     steps = [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
     rng.shuffle(later := steps[1:])
     return steps[:1] + later
@@ -250,14 +275,14 @@ def plan(lengths, cfg, epoch, grad_accum=1):
 
 def padding(lengths, cfg):
     """Share of an epoch's tokens that are padding."""
-    padded = sum(len(b) * lengths[b].max() for step in plan(lengths, cfg, 0) for b in step)
-    return float(1 - lengths.sum() / padded)
+    batches = [b for step in plan(lengths, cfg, 0) for b in step]
+    real = (lengths - 1 if cfg.budget else lengths).sum()
+    return float(1 - real / sum(cfg.budget or len(b) * lengths[b].max() for b in batches))
 
 
-# ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens;
-# real: inputs that are no padding; rows: which recipes
-Batch = namedtuple("Batch", "ids where targets real rows")
-TENSORS = ("ids", "where", "targets")
+# ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens; cu_seqlens
+# of a packed row, or None; real: inputs that are no padding; rows: which recipes
+Batch = namedtuple("Batch", "ids where targets cu_seqlens real rows")
 
 
 def first_target(heap, i, mask_prompt, bos):
@@ -265,31 +290,40 @@ def first_target(heap, i, mask_prompt, bos):
     return max(1, int(heap.rows["prompt"][i]) if mask_prompt else len(bos))
 
 
-def collate(heap, rows, mask_prompt, bos):
-    """Recipes as one padded Batch on the CPU. Padding is told by length: a model may pad with its end token."""
+def collate(heap, rows, mask_prompt, bos, budget=0):
+    """Recipes as one Batch on the CPU, a row each and padded; with a budget end to end in one row that long. Padding is
+    told by length: a model may pad with its end token."""
     import torch
     tokens = [heap.ids(i) for i in rows]
-    T = max(len(t) for t in tokens) - 1
-    ids, where, targets = np.zeros((len(rows), T), dtype=np.int64), [], []
-    for b, (i, t) in enumerate(zip(rows, tokens)):
-        ids[b, :len(t) - 1] = t[:-1]
+    T = budget or max(len(t) for t in tokens) - 1
+    begins = np.cumsum([0] + [len(t) - 1 if budget else T for t in tokens])
+    ids, where, targets, cu = np.zeros(budget or T * len(rows), dtype=np.int64), [], [], None
+    for i, t, begin in zip(rows, tokens, begins):
+        ids[begin:begin + len(t) - 1] = t[:-1]
         first = first_target(heap, i, mask_prompt, bos)
-        where.append(np.arange(b * T + first - 1, b * T + len(t) - 1))
+        where.append(np.arange(begin + first - 1, begin + len(t) - 1))
         targets.append(t[first:])
     where, targets = np.concatenate(where), np.concatenate(targets)
     if not len(targets):
         raise UserError(f"a batch has no target token: recipe(s) {[int(i) for i in rows]} of the heap are all prompt.")
-    return Batch(*map(torch.from_numpy, (ids, where, targets)), sum(len(t) - 1 for t in tokens), rows)
+    if budget:  # as many entries in every batch; the free tail is cut into documents no longer than a recipe
+        longest = int(heap.rows["length"].max())
+        cu = np.full(budget // 32 + budget // longest + 3, budget, dtype=np.int32)
+        ends = [*begins, *range(begins[-1] + longest, budget, longest)]
+        cu[:len(ends)] = ends
+    tensors = (x if x is None else torch.from_numpy(x) for x in (ids.reshape(-1, T), where, targets, cu))
+    return Batch(*tensors, sum(len(t) - 1 for t in tokens), rows)
 
 
-def feed(heap, steps, device, mask_prompt, bos, ahead=4):
+def feed(heap, steps, device, mask_prompt, bos, budget=0, ahead=4):
     """The Batches of each step, a list a step, on the device and in order. A thread collates, pins and copies them
     `ahead` of need, so the GPU never waits for one."""
+    def send(x):
+        return x if not hasattr(x, "pin_memory") else \
+            (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
     def make(step):
-        batches = [collate(heap, rows, mask_prompt, bos) for rows in step]
-        if device.type == "cuda":
-            batches = [b._replace(**{k: getattr(b, k).pin_memory() for k in TENSORS}) for b in batches]
-        return [b._replace(**{k: getattr(b, k).to(device, non_blocking=True) for k in TENSORS}) for b in batches]
+        return [Batch(*map(send, collate(heap, rows, mask_prompt, bos, budget))) for rows in step]
 
     with ThreadPoolExecutor(1) as pool:
         ready = deque()
@@ -317,7 +351,7 @@ def full_account(heap, held, cfg):
     return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()),
             "lengths": {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)},
             "padding": {kind: padding(train, Data(**{**asdict(cfg), "batching": kind}))
-            for kind in ("random", "sorted")}, "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
+            for kind in ("random", "sorted", "packed")}, "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
 
 
 def print_account(a):

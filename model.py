@@ -6,10 +6,10 @@
 
 The names of the dimensions, once: B batch, T time, C hidden size, H query heads, K key/value heads, D head size,
 F width of the MLP, V vocabulary, S slots of the KV cache, N target tokens.
-
 Frozen layers come from outside through `make_linear` and a group of layers that share an input is called through
 `block.project`: that is all that LoRA, quantisation and fp8 need, so none of them is in this file.
 """
+import inspect
 import json
 import math
 import re
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 from cli import UserError
 
@@ -64,12 +65,10 @@ def read_config(folder):
         "partial_rotary_factor": rope.get("partial_rotary_factor", c.get("partial_rotary_factor") or 1) != 1,
         "quantization_config (weights stored in another format)": bool(c.get("quantization_config")),
     }
-    for what, is_refused in refused.items():
-        if is_refused:
-            raise UserError(f"{path}: {what} is not supported; use a checkpoint without it.")
-    for size in SIZES:
-        if not isinstance(c.get(size), int) or c[size] < 1:
-            raise UserError(f"{path}: {size} is {c.get(size)!r}, where a number is wanted.")
+    if what := next(filter(refused.get, refused), None):
+        raise UserError(f"{path}: {what} is not supported; use a checkpoint without it.")
+    if size := next((s for s in SIZES if not isinstance(c.get(s), int) or c[s] < 1), None):
+        raise UserError(f"{path}: {size} is {c.get(size)!r}, where a number is wanted.")
     heads = c["num_attention_heads"]
     try:
         cfg = ModelConfig(
@@ -78,8 +77,7 @@ def read_config(folder):
             head_dim=c.get("head_dim") or c["hidden_size"] // heads, rope_scaling=rope,
             max_position_embeddings=c.get("max_position_embeddings", 2048),
             rope_theta=rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
-            tie_word_embeddings=c.get("tie_word_embeddings", False), attention_bias=c.get("attention_bias", False),
-            mlp_bias=c.get("mlp_bias", False))
+            **{flag: c.get(flag, False) for flag in ("tie_word_embeddings", "attention_bias", "mlp_bias")})
         rope_frequencies(cfg)
     except (KeyError, TypeError, ZeroDivisionError) as e:
         raise UserError(f"{path}: a value is missing or makes no sense ({e!r}).") from None
@@ -105,14 +103,12 @@ def rope_frequencies(cfg):
     whose wavelength is near or beyond the length it was first trained on, and leaves the quick ones alone."""
     D, s = cfg.head_dim, cfg.rope_scaling
     freq = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
-    if s["rope_type"] == "linear":
-        return freq / s["factor"]
     if s["rope_type"] == "llama3":
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the first training's length
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: quick, as it was; 0: slow, divided by the factor
         return keep * freq + (1 - keep) * freq / s["factor"]
-    return freq
+    return freq / s["factor"] if s["rope_type"] == "linear" else freq
 
 
 def rotate(x, cos, sin):
@@ -121,16 +117,27 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def attention(q, k, v, mask, flash):
-    """q [B, H, T, D], k and v [B, K, S, D], mask [B, 1, T, S] of bool or None (causal, T = S). -> [B, H, T, D]
+def takes_packed(device, dtype, flash):
+    """Whether varlen attention does; elsewhere a packed row is masked, and what is masked is computed."""
+    return flash and device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (8, 0)
 
-    Rows are padded on the right, so causal alone keeps a real token from ever seeing padding."""
-    grouped = flash and not (q.is_cuda and (mask is not None or q.dtype == torch.float32))  # what flash takes there
-    if not grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [k1, k2] -> [k1, k1, k2, k2]
+
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.12 on
+
+
+def attention(q, k, v, mask, flash, longest=None):
+    """q [B, H, T, D], k and v [B, K, S, D]. -> [B, H, T, D]. mask: a bool [B, 1, T, S]; the cu_seqlens of a packed row
+    (B = 1; none is longer than `longest`); or None: causal, and as padding is on the right no real token sees it."""
+    packed = mask is not None and mask.dim() == 1
+    grouped = GROUPED if packed else flash and not (q.is_cuda and (mask is not None or q.dtype == torch.float32))
+    if not grouped:  # [k1, k2] -> [k1, k1, k2, k2], where the kernel would take the first only with equal heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if packed:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H or K, D]
+        return varlen_attn(q, k, v, mask, mask, longest, longest, window_size=(-1, 0), **GROUPED).transpose(0, 1)[None]
     if flash:  # never holds the [T, S] scores (Dao et al. 2022)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, S]
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, S]
     keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
     return scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v
 
@@ -141,7 +148,7 @@ class Block(nn.Module):
     def __init__(self, cfg, flash):
         super().__init__()
         C, width, H, K = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.num_key_value_heads
-        self.flash, self.D = flash, (D := cfg.head_dim)
+        self.flash, self.longest, self.D = flash, cfg.max_position_embeddings, (D := cfg.head_dim)
         self.project = lambda h, layers: [layer(h) for layer in layers]  # lora.py sets its own here
         self.input_layernorm = RMSNorm(C, cfg.rms_norm_eps)
         self.q_proj = nn.Linear(C, H * D, bias=cfg.attention_bias)
@@ -164,7 +171,7 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.put(k, v, pos)
-        y = attention(q, k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)  # [B, T, H * D]
+        y = attention(q, k, v, mask, self.flash, self.longest).transpose(1, 2).reshape(B, T, -1)  # [B, T, H * D]
         return x + self.project(y, [self.o_proj])[0]
 
     def mlp(self, x, *_):
@@ -187,20 +194,25 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.register_buffer("frequencies", rope_frequencies(cfg), persistent=False)
 
-    def forward(self, ids, pos=None, caches=None):
+    def forward(self, ids, pos=None, caches=None, cu_seqlens=None):
         """ids [B, T], pos [B, T] (None: 0, 1, 2 … in each row), caches one a block. -> [B, T, C] after the last norm.
 
-        With caches, T > 1 is a prompt that starts at position 0 and T = 1 the next token of each row."""
+        With caches, T > 1 is a prompt that starts at position 0 and T = 1 the next token of each row. cu_seqlens
+        [docs + 1], int32: the one row is documents end to end; positions begin anew, attention stays in a document."""
         x = self.embed_tokens(ids.to(self.embed_tokens.weight.device))  # which may be in host memory
         x = x.to(ids.device, self.dtype or x.dtype)
         if torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # every block's input is then of one kind: the first shares the others' compiled graph
-        mask = None
-        if pos is None:
-            pos = torch.arange(ids.shape[1], device=ids.device)[None]
+        mask, t = None, torch.arange(ids.shape[1], device=ids.device)
+        if cu_seqlens is not None:
+            doc = torch.searchsorted(cu_seqlens, t, right=True, out_int32=True) - 1  # [T], the document of each token
+            mask, pos = cu_seqlens, (t - cu_seqlens[doc])[None]
+            if not takes_packed(x.device, x.dtype, self.layers[0].flash):
+                mask = ((doc[:, None] == doc) & (t[:, None] >= t))[None, None]  # [1, 1, T, T]
+        elif pos is None:
+            pos = t[None]
         elif caches is not None and ids.shape[1] == 1:
-            slots = torch.arange(caches[0].k.shape[2], device=ids.device)
-            mask = (slots <= pos[:, :, None])[:, None]  # [B, 1, 1, S]
+            mask = (torch.arange(caches[0].k.shape[2], device=ids.device) <= pos[:, :, None])[:, None]  # [B, 1, 1, S]
         angle = pos[:, None, :, None] * self.frequencies  # [B or 1, 1, T, D/2]
         cos, sin = angle.cos(), angle.sin()
         for i, block in enumerate(self.layers):
@@ -255,10 +267,8 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk):
-    """scale * sum of the cross-entropies of the target positions.
-
-    h [B, T, C] from the model, weight [V, C] of the head, where [N] = b * T + t of the positions that predict a target,
-    targets [N] the ids they are to predict. The caller divides by the target tokens of a whole step, through scale."""
+    """scale * sum of the cross-entropies. h [B, T, C] from the model, weight [V, C] of the head, where [N] = b * T + t
+    of the positions that predict a target, targets [N] the ids; scale divides by the target tokens of a whole step."""
     h = h.flatten(0, 1)[where]  # [N, C]: the head is not asked about padding or prompts
     if fused:
         return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale, chunk)
@@ -268,12 +278,10 @@ def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk)
 def logits(model, h):  # [..., C] -> [..., V]
     return F.linear(h, model.lm_head.weight.to(h.dtype))
 
-
 # --- loading ---
-
 def plain_linear(name, tensor):
     """The default make_linear: a trainable nn.Linear that owns the tensor."""
-    layer = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+    layer = nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
     layer.weight = nn.Parameter(tensor)
     return layer
 
@@ -287,13 +295,11 @@ def hf_name(name):
 def shards(folder):
     """The safetensors files of a folder, by its index if it has one."""
     folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = [folder / f for f in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{index} cannot be read ({e!r}); fetch it again.") from None
-    else:
-        files = [folder / "model.safetensors"]
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ["model.safetensors"]
+        files = [folder / name for name in sorted(set(names))]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{index} cannot be read ({e!r}); fetch it again.") from None
     for f in files:
         if not f.exists():
             raise UserError(f"{folder} lacks {f.name}: fetch the missing file (only safetensors and .gguf are read).")
@@ -338,8 +344,7 @@ def place(model, name, tensor, make_linear):
     parent, _, child = path.rpartition(".")
     layer = model.get_submodule(path)
     if leaf == "weight" and child.endswith("_proj"):
-        new = make_linear(path, tensor)
+        setattr(model.get_submodule(parent), child, new := make_linear(path, tensor))
         new.bias = layer.bias
-        setattr(model.get_submodule(parent), child, new)
     else:
         setattr(layer, leaf, nn.Parameter(tensor))

@@ -185,25 +185,25 @@ class Graphs:
     become one. A shape runs as it is the first time, and compiles; then it is recorded. Elsewhere only the padding."""
 
     def __init__(self, step, params, device):
-        """step(ids, where, targets, scale) -> loss, with the gradients added to those of params."""
+        """step(ids, where, targets, scale, cu_seqlens) -> loss, with the gradients added to those of params."""
         self.step, self.device, self.into, self.graphs = step, device, {}, {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.grad = torch.zeros(sum(p.numel() for p in params), device=device)  # a graph adds to where it added before
         for p, part in zip(params, self.grad.split([p.numel() for p in params])):
             p.grad = part.view_as(p)
 
-    def __call__(self, ids, where, targets, scale):
-        (B, T), N = ids.shape, len(targets)
-        wide = -(-T // 8) * 8
+    def __call__(self, ids, where, targets, scale, cu_seqlens):
+        (B, T), N, wide = ids.shape, len(targets), -(-ids.shape[1] // 8) * 8
         slots = -(-N * 8 // (B * wide)) * B * wide // 8  # in eighths of the batch: few shapes, little padding
         if not (known := (key := (B, wide, slots)) in self.into):
-            slot = torch.arange(slots, device=self.device)
-            self.into[key] = ids.new_zeros(B, wide), slot, slot.clone(), torch.zeros((), device=self.device)
+            slot, cu = torch.arange(slots, device=self.device), None if cu_seqlens is None else cu_seqlens.clone()
+            self.into[key] = ids.new_zeros(B, wide), slot, slot.clone(), torch.zeros((), device=self.device), cu
         into = self.into[key]
         into[0][:, :T] = ids
         into[1][:N] = where // T * wide + where % T
-        into[2][:N], into[2][N:] = targets, -1
-        into[3].fill_(scale)
+        into[2][:N], into[2][N:], into[3][...] = targets, -1, scale
+        if cu_seqlens is not None:
+            into[4].copy_(cu_seqlens)
         if key not in self.graphs and (not known or len(self.graphs) == 64):
             return self.step(*into)  # beyond 64 graphs too: each takes memory of the driver's
         replay, loss = self.graphs[key] = self.graphs.get(key) or self.capture(into)

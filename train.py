@@ -14,7 +14,6 @@ import json
 import math
 import platform
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -109,6 +108,9 @@ def build(cfg, folder, device):
         kept, compute, why = torch.float32, torch.float32, "all weights are trained: fp16 is too coarse for that"
     say("dtype", f"{str(kept)[6:]} ({why})")
     say("attn", "four plain lines" if cfg.attn == "naive" else "scaled_dot_product_attention: scores are never held")
+    if cfg.budget:
+        takes = models.takes_packed(device, compute if cfg.lora_r else torch.float32, cfg.attn != "naive")
+        say("packed", f"rows of {cfg.budget} tokens, attention by {'varlen' if takes else 'a mask, which costs time'}")
     # cuDNN's is the quicker one on an H100, but plans for 0.1 s and more at each length that it has not seen
     torch.backends.cuda.enable_cudnn_sdp(cfg.attn == "cudnn")
     torch.backends.cuda.enable_flash_sdp(cfg.attn != "cudnn")
@@ -151,6 +153,8 @@ def build(cfg, folder, device):
             raise UserError("--offload_embed: this embedding is the head too, or trained: it must stay; drop the flag.")
         embed.weight.data = embed.weight.data.cpu()
         say("offload", f"the input embedding, {embed.weight.nbytes / 1e9:.2f} GB, is in host memory")
+    for block in model.layers:
+        block.longest = cfg.max_len
     if cfg.grad_ckpt:  # Chen et al. 2016: of each block only its input is kept
         say("grad_ckpt", f"{len(model.layers)} blocks keep one tensor each and are computed again in backward")
         if not cfg.compile or cfg.lora_dropout:
@@ -244,8 +248,8 @@ def steps_of_run(heap, cfg):
 
 
 def count_steps(heap, cfg):
-    lengths = heap.lengths(heap.train)
-    return cfg.max_steps or sum(len(data.plan(lengths, cfg, epoch, cfg.grad_accum)) for epoch in range(cfg.epochs))
+    epochs = (data.plan(heap.lengths(heap.train), cfg, epoch, cfg.grad_accum) for epoch in range(cfg.epochs))
+    return cfg.max_steps or sum(map(len, epochs))
 
 
 # --- 4. evaluation ---
@@ -257,11 +261,11 @@ def evaluate(model, held, cfg, text, device, autocast):
     total, count, lengths = 0.0, 0, held.lengths(held.val)
     order = (-lengths).argsort(kind="stable")
     model.eval()
-    batches = [[held.val[rows]] for rows in data.cut(order, lengths, cfg.batch_size, cfg.batch_tokens)]
-    for batch, in data.feed(held, batches, device, cfg.mask_prompt, text.bos):
+    batches = [[held.val[rows]] for rows in data.cut(order, lengths, cfg)]
+    for batch, in data.feed(held, batches, device, cfg.mask_prompt, text.bos, cfg.budget):
         with autocast:
             with torch.set_grad_enabled(cfg.compile):  # then training's graph serves here, too: half the compiling
-                h = model(batch.ids).detach()
+                h = model(batch.ids, cu_seqlens=batch.cu_seqlens).detach()
             part = models.sum_loss(h, model.lm_head.weight, batch.where, batch.targets, 1.0, cfg.fused_loss,
                                    model.loss_chunk)
         total += part.item()
@@ -315,10 +319,6 @@ def draw_curve(run):
 
 def about(cfg, rules, base, heap, held, text, model):
     """run.json: what this run is."""
-    commit = None
-    with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                                check=False).stdout.strip() or None
     heaps = heap.rows.tobytes() + held.rows[held.val].tobytes()
     bos, ends = len(text.bos), held.rows["prompt"]  # of a text without a prompt, the first tokens
     starts = [held.ids(i)[:ends[i] if ends[i] > bos else bos + 8] for i in held.val]
@@ -326,7 +326,7 @@ def about(cfg, rules, base, heap, held, text, model):
             "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heaps).hexdigest()[:16],
             "dtype": str(model.embed_tokens.weight.dtype), "arithmetic": str(model.dtype or torch.float32),
             "data": {**heap.account, "held_out": len(held.val)}, "titles": [text.decode(s) for s in starts[:64]],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 
 def same_run(run, now):
@@ -373,7 +373,7 @@ def main():
     total = count_steps(heap, cfg)
     say("data", f"{len(heap.train)} recipes to train on, {len(held.val)} held out, {total} steps")
     check_data(cfg, heap, text)
-    if not cfg.batch_tokens and len(heap.train) < (per_step := cfg.grad_accum * cfg.batch_size):
+    if not (cfg.batch_tokens or cfg.budget) and len(heap.train) < (per_step := cfg.grad_accum * cfg.batch_size):
         say("note", f"a step wants {per_step} recipes and there are {len(heap.train)}: it trains on those")
     model, params, autocast = build(cfg, base, device)
     optimizer, trained = make_optimizer(cfg, params, device)
@@ -394,15 +394,12 @@ def main():
             raise UserError(f"--resume: {run.folder} has made its {total} steps; raise --max_steps or --epochs.")
     run.write_json("run.json", info)
     title = info["titles"][cfg.seed % len(info["titles"])]
-
-    peak, seconds, launching, tokens, graphs, checked = 0.0, 0.0, 0.0, 0, [], False
-
-    def forward_backward(ids, where, targets, scale):
-        """The loss of a micro-batch; its gradients are added to those that are there."""
-        nonlocal peak
+    peak, seconds, launching, waited, ended, tokens, graphs, checked = 0.0, 0.0, 0.0, 0.0, 0.0, 0, [], False
+    def forward_backward(ids, where, targets, scale, cu_seqlens):
+        nonlocal peak  # -> the loss of a micro-batch; its gradients are added to those that are there
         with autocast:
-            loss = models.sum_loss(model(ids), model.lm_head.weight, where, targets, scale, cfg.fused_loss,
-                                   model.loss_chunk)
+            h = model(ids, cu_seqlens=cu_seqlens)
+            loss = models.sum_loss(h, model.lm_head.weight, where, targets, scale, cfg.fused_loss, model.loss_chunk)
         peak = max(peak, plan.peak_memory(device))
         loss.backward()
         return loss.detach()
@@ -441,16 +438,17 @@ def main():
         steps = itertools.islice(steps_of_run(heap, cfg), facts["step"], total)
         bar = cli.Progress(total, "train")
         bar.step(facts["step"])
-        for step, batches in enumerate(data.feed(heap, steps, device, cfg.mask_prompt, text.bos), first):
+        for step, batches in enumerate(data.feed(heap, steps, device, cfg.mask_prompt, text.bos, cfg.budget), first):
             if stop.signal:
                 break
-
+            began = time.time()
+            waited += began - ended if step > first + 1 else 0  # before that the queue fills up
             # one step: the mean over all its target tokens, however they are spread over the micro-batches
-            began, loss, scale = time.time(), 0.0, facts["loss_scale"]
+            loss, scale = 0.0, facts["loss_scale"]
             targets = sum(len(batch.targets) for batch in batches)
             real, padded = sum(batch.real for batch in batches), sum(batch.ids.numel() for batch in batches)
             for batch in batches:
-                loss += forward_backward(batch.ids, batch.where, batch.targets, scale / targets) / scale
+                loss += forward_backward(batch.ids, batch.where, batch.targets, scale / targets, batch.cu_seqlens) / scale
             launched = time.time()
             checked = checked or check_gradients(model, params)
             if cfg.lora_r:
@@ -494,6 +492,7 @@ def main():
             if tired:
                 bar.line("patience", f"no progress in {cfg.patience} evaluations: stopped after step {step}")
                 break
+            ended = time.time()
         bar.close()
         if stop.signal and facts["step"] < total:
             if saved != facts["step"]:
@@ -503,8 +502,9 @@ def main():
 
     if cfg.compile:
         say("compile", f"{graphs[-1]} graphs, {graphs[-1] - graphs[min(10, len(graphs)) - 1]} of them after step 10")
-    if seconds and device.type == "cuda":
-        say("host", f"{launching / seconds:.0%} of a step's time goes by before backward is launched to its end")
+    if seconds:
+        say("host", f"{launching / seconds:.0%} of a step's time goes by before backward is launched to its end; "
+            f"{waited / (seconds + waited):.2%} of all time went by in waiting for data")
     draw_curve(run)
     if device.type == "cuda":
         say("memory", f"{peak:.2f} GB allocated at the peak, {torch.cuda.max_memory_reserved() / 1e9:.2f} GB reserved")

@@ -12,6 +12,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lora
 import model as models
@@ -35,6 +36,16 @@ def batch():
     where = torch.cat([torch.arange(n - 1) + row * 200 for row, n in enumerate(lengths)])
     targets = torch.cat([ids[row, 1:n] for row, n in enumerate(lengths)])
     return ids.cuda(), where.cuda(), targets.cuda()
+
+
+def packed_batch():
+    """The same three end to end in a row of 512: (ids, where, targets, cu_seqlens)."""
+    ids, where, targets = batch()
+    begins = torch.tensor([0, 200, 331, 408, 512, 512], dtype=torch.int32, device="cuda")
+    row = torch.zeros(1, 512, dtype=torch.long, device="cuda")
+    for i, (a, b) in enumerate(((0, 200), (200, 331), (331, 408))):
+        row[0, a:b] = ids[i, :b - a]
+    return row, begins.long()[where // 200] + where % 200, targets, begins
 
 
 def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, ckpt=False, offload=False, comp=False,
@@ -72,9 +83,11 @@ def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, 
     return model
 
 
-def gradients(model):
-    ids, where, targets = batch()
-    loss = models.sum_loss(model(ids), model.lm_head.weight, where, targets, 1 / len(targets), True, model.loss_chunk)
+def gradients(model, packed=False):
+    ids, where, targets, cu = packed_batch() if packed else (*batch(), None)
+    for block in model.layers:
+        block.longest = 200
+    loss = models.sum_loss(model(ids, cu_seqlens=cu), model.lm_head.weight, where, targets, 1 / len(targets), True, model.loss_chunk)
     loss.backward()
     grads = {name: p.grad.double() for name, p in lora.parameters(model).items()}
     for p in lora.parameters(model).values():
@@ -133,6 +146,25 @@ def test_gradients_of_every_a_and_b(reference, kind, how, bound):
     assert error <= bound, name
 
 
+@pytest.mark.parametrize("how", [{}, {"ckpt": True, "comp": True}, {"ckpt": True, "offload": True, "comp": True}])
+def test_gradients_of_a_packed_row(reference, how):
+    """Through varlen attention, against padded rows in fp32."""
+    error, name = worst(gradients(build("nf4", **how), packed=True), reference("nf4"))
+    print(f"packed {how}: largest gradient error {error:.4f} ({name})")
+    assert error <= BF16_BOUND, name
+
+
+@torch.no_grad()
+def test_losses_of_packed_recipes_are_those_of_padded_ones():
+    model, each = build("none"), []
+    for ids, where, targets, *cu in (batch(), packed_batch()):
+        h = model(ids, cu_seqlens=cu[0] if cu else None).flatten(0, 1)[where]
+        each.append(F.cross_entropy(models.logits(model, h).float(), targets, reduction="none"))
+    assert ((each[0] - each[1]).abs() / each[0]).max().item() < 0.05  # a token's; bf16 has 8 bits
+    means = [torch.stack([part.mean() for part in e.split((199, 130, 76))]) for e in each]
+    assert ((means[0] - means[1]).abs() / means[0]).max().item() < 2e-3
+
+
 @pytest.mark.parametrize("kind, how, bound", [p for p in ROWS if p.id in ("row1", "row2")])
 def test_the_adapter_after_20_steps(kind, how, bound):
     error, name = worst(after_steps(build(kind, **how)), after_steps(build(kind, dequantised=True, flash=False)))
@@ -187,7 +219,7 @@ def test_replayed_graphs_add_the_gradients_of_eager_steps(how):
     for graph in (False, True):
         model = build("nf4", ckpt=True, **how)
 
-        def step(ids, where, targets, scale, model=model):
+        def step(ids, where, targets, scale, cu_seqlens=None, model=model):
             loss = models.sum_loss(model(ids), model.lm_head.weight, where, targets, scale, True, model.loss_chunk)
             loss.backward()
             return loss.detach()
@@ -197,7 +229,7 @@ def test_replayed_graphs_add_the_gradients_of_eager_steps(how):
         for T in (200, 149, 90, 90, 200, 149, 200, 90, 149):
             keep = where % 200 < T - 1
             at = where[keep] // 200 * T + where[keep] % 200
-            losses.append(run(ids[:, :T].contiguous(), at, targets[keep], 1 / int(keep.sum())).item())
+            losses.append(run(ids[:, :T].contiguous(), at, targets[keep], 1 / int(keep.sum()), None).item())
         got.append((losses, torch.cat([p.grad.flatten() for p in params])))
     assert len(run.graphs) == 3
     assert got[0][0] == pytest.approx(got[1][0], rel=2e-3)

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, made_recipes, make_model, program, write_jsonl
 from safetensors.torch import load_file
 
 import cli
 import data
+import model as models
 import train
 
 
@@ -579,12 +582,6 @@ def test_a_run_may_not_be_its_own_base(base, run, tmp_path):
     assert json.loads((tmp_path / "two" / "run.json").read_text())["base"] == str(tmp_path / "out")
 
 
-def test_a_machine_without_git_trains(base, run, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    ok(run(*base, "--out", tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["commit"] is None
-
-
 def test_two_processes_on_one_folder(base, run, tmp_path):
     held = train.state.Run(tmp_path / "out", resume=False)
     code, _, err = run(*base, "--out", tmp_path / "out")
@@ -642,3 +639,65 @@ def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
     monkeypatch.setattr(train.state, "save_file", save_file)
     assert not list((tmp_path / "out").rglob("*.part"))
     ok(run("--resume", "--out", tmp_path / "out", "--save_every", 50))
+
+
+# ---- packed rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heap(tiny_model, tmp_path):
+    """(model, heap of 24 recipes, text), fp32."""
+    cfg = data.Data(data=[str(write_jsonl(tmp_path / "r.jsonl", made_recipes(24)))], cache=str(tmp_path), clean=False)
+    text = data.Text(tiny_model)
+    return models.load(tiny_model), data.Heap(data.tokenise([Path(cfg.data[0])], cfg, None, text)), text
+
+
+def recipe_losses(model, heap, text, batches, budget):
+    """{recipe: mean loss of its targets} of batches, whatever their layout."""
+    found = {}
+    for rows in batches:
+        batch = data.collate(heap, rows, False, text.bos, budget)
+        h = model(batch.ids, cu_seqlens=batch.cu_seqlens).flatten(0, 1)[batch.where]
+        each = F.cross_entropy(F.linear(h, model.lm_head.weight), batch.targets, reduction="none")
+        counts = [int(heap.rows["length"][i]) - data.first_target(heap, i, False, text.bos) for i in rows]
+        found |= {int(i): part.mean().item() for i, part in zip(rows, each.split(counts))}
+    return found
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@torch.no_grad()
+def test_packed_sorted_and_alone_every_recipe_has_the_same_loss(heap, flash):
+    model, rows, text = heap
+    for block in model.layers:
+        block.flash = flash
+    lengths = rows.lengths(slice(None))
+    alone = recipe_losses(model, rows, text, [[i] for i in range(24)], 0)
+    for batching, budget in (("sorted", 0), ("packed", 1024)):
+        cfg = data.Data(batching=batching, batch_size=5, batch_tokens=budget)
+        batches = [b for step in data.plan(lengths, cfg, 0) for b in step]
+        assert recipe_losses(model, rows, text, batches, cfg.budget) == pytest.approx(alone, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_neighbours_tokens_do_not_change_a_packed_recipe_at_all(heap):
+    model, rows, text = heap
+    batch = data.collate(rows, [3, 5, 8], False, text.bos, 1024)
+    first, second = (int(rows.rows["length"][i]) - 1 for i in (3, 5))
+    before = model(batch.ids, cu_seqlens=batch.cu_seqlens)
+    batch.ids[0, :first] = (batch.ids[0, :first] + 7) % 256
+    batch.ids[0, first + second:] = (batch.ids[0, first + second:] + 7) % 256
+    after = model(batch.ids, cu_seqlens=batch.cu_seqlens)
+    assert torch.equal(before[0, first:first + second], after[0, first:first + second])
+    assert not torch.equal(before[0, :first], after[0, :first])
+
+
+def test_a_packed_run_trains(base, run, tmp_path):
+    flags = (*base, "--batching", "packed", "--batch_tokens", 1024, "--out", tmp_path / "packed")
+    code, _, err = run(*flags)
+    assert code == 0, err
+    assert "packed" in err and "by a mask" in err
+    before, *lines = metrics(tmp_path / "packed")
+    assert min(line["padding"] for line in lines) < 0.2 and lines[-1]["val_loss"] < before["val_loss"]
+    code, _, err = run(*flags[:-1], tmp_path / "graph", "--cuda_graph")
+    assert code == 0, err
+    assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "packed"), rel=1e-5)
