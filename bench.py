@@ -28,17 +28,17 @@ SHAPES = {  # C, F, blocks, H, K, V
     "8b": (4096, 14336, 32, 32, 8, 128256), "1b": (2048, 8192, 16, 32, 8, 128256), "tiny": (256, 512, 2, 4, 2, 1024)}
 
 CKPT, NF4 = ["--grad_ckpt", "--compile", "--optim", "adamw8bit"], ["--quant", "nf4"]
+PACKED = [*NF4, *CKPT, "--fp8", "--cuda_graph", "--batching", "packed", "--batch_tokens"]
 ROWS = {  # row: what, its lengths, recipes in a batch, flags
     "1": ("32 x 256, bf16 matmuls", "fixed", 32, [*NF4, *CKPT, "--offload_ckpt", "--attn", "cudnn"]),
     "2": ("32 x 256, fp8 matmuls", "fixed", 32, [*NF4, *CKPT, "--offload_ckpt", "--attn", "cudnn", "--fp8"]),
-    "3": ("no checkpoints", "fixed", 48, ["--quant", "fp8", "--fp8", "--compile", "--optim", "adamw8bit",
-                                          "--attn", "cudnn"]),
+    "3": ("no checkpoints", "fixed", 48, ["--quant", "fp8", "--fp8", *CKPT[1:], "--attn", "cudnn"]),
     "4": ("16 recipes, sorted", "sorted", 16, [*NF4, *CKPT, "--fp8", "--cuda_graph"]),
     "5": ("16 recipes, sorted, bf16 weights", "sorted", 16, [*CKPT, "--fp8", "--cuda_graph"]),
     "6": ("1 x 2048, least memory", "long", 1, [*NF4, *CKPT, "--offload_ckpt", "--offload_embed", "--attn", "cudnn"]),
     "7": ("to the first step", "fixed", 32, [*NF4, *CKPT, "--fp8"]),
-    "8": ("recipes of row 4, packed", "sorted", 16, [*NF4, *CKPT, "--fp8", "--batching", "packed"]),
-    "9": ("8,192 tokens", "sorted", 32, [*NF4, *CKPT, "--fp8", "--batching", "packed", "--batch_tokens", "8192"]),
+    "8": ("recipes of row 4, packed", "sorted", 16, [*PACKED, "4096"]),
+    "9": ("8,192 tokens", "sorted", 16, [*PACKED, "8192"]),
 }
 
 

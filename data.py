@@ -1,12 +1,11 @@
 """From a heap of recipes to batches on the device.
 
     python data.py                                    # the default recipes: read, clean, tokenise; print the account
-    python data.py --data mine.jsonl more.csv         # your own, in any of the formats of recipes.py
+    python data.py --data mine.jsonl more.csv --json  # your own, in any of the formats of recipes.py; for programs
     python data.py --show 3                           # three recipes as the model sees them, target tokens coloured
-    python data.py --json                             # the account for programs
 
 Follow one recipe: recipes.py reads and cleans it, `prepare` tokenises it once into a mapped file, `plan` says which
-batch of which step it is in, `collate` pads that batch, `feed` has it on the device before it is needed.
+batch of which step it is in, `collate` pads or packs that batch, `feed` has it on the device before it is needed.
 """
 import bisect
 import hashlib
@@ -62,7 +61,6 @@ def cache_folder(cfg):
 
 # --- tokens ---
 
-
 class Text:
     """The tokenizer of a model folder, with the special tokens that training and sampling need."""
 
@@ -81,7 +79,7 @@ class Text:
         except (OSError, ValueError, TypeError) as e:
             raise UserError(f"a file among {', '.join(map(str, files))} cannot be read ({e}).") from None
         named = [c["eos_token_id"] for c in (config, generation) if c.get("eos_token_id") is not None]
-        ends = [e for e in np.hstack(named or [[]]).astype(int).tolist()]  # a number, or a list of them
+        ends = np.hstack(named or [[]]).astype(int).tolist()  # a number, or a list of them
         eos = tokens.get("eos_token")
         eos = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
         if eos is None and not ends:
@@ -103,26 +101,22 @@ class Text:
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-
 ROW = np.dtype([("start", "u8"), ("length", "u4"), ("prompt", "u4"), ("key", "u8")])
-
 
 def cache_key(files, cfg, rules, text):
     """Changes with the sources, the rules, the tokenizer and the code that makes the tokens."""
     here = Path(__file__).parent
     what = [[(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in files], cfg.clean and asdict(rules),
-            cfg.allow_bad, text.bos, text.end] + [hashlib.sha256(p.read_bytes()).hexdigest()
-                                   for p in (text.path, here / "recipes.py", here / "data.py")]
+            cfg.allow_bad, text.bos, text.end]
+    what += [hashlib.sha256(p.read_bytes()).hexdigest() for p in (text.path, here / "recipes.py", here / "data.py")]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
 
 def tokenise(files, cfg, rules, text):
     """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin and account.json, reused where it can be."""
-    root = cache_folder(cfg) / "tokens"
-    done = root / cache_key(files, cfg, rules, text)
+    done = cache_folder(cfg) / "tokens" / cache_key(files, cfg, rules, text)
     if done.exists():
         return done
-    part = root / f"{done.name}.{os.getpid()}.part"  # renamed when it is whole: a killed preparation starts clean
+    part = done.with_name(f"{done.name}.{os.getpid()}.part")  # renamed when whole: a killed preparation starts clean
     part.mkdir(parents=True, exist_ok=True)
     try:
         account, rows, start = recipes.Account(), [], 0
@@ -133,8 +127,7 @@ def tokenise(files, cfg, rules, text):
         with open(part / "tokens.bin", "wb") as out:
             while chunk := [r for _, r in zip(range(2048), heap)]:
                 texts = [r.text() for r in chunk]
-                prompts, completions = text.encode([p for p, _ in texts]), text.encode([c for _, c in texts])
-                for r, p, c in zip(chunk, prompts, completions):
+                for r, p, c in zip(chunk, *(text.encode(list(half)) for half in zip(*texts))):
                     ids = [*text.bos, *p, *c, text.end]
                     out.write(np.array(ids, dtype="<u4").tobytes())
                     rows.append((start, len(ids), len(text.bos) + len(p), recipes.key(r)))
@@ -151,7 +144,6 @@ def tokenise(files, cfg, rules, text):
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return done
-
 
 class Heap:
     """Tokenised recipes: tokens (memory-mapped), one row of `rows` a recipe, and which of them train."""
@@ -171,20 +163,16 @@ class Heap:
 
     def drop_long(self, max_len, text):
         """Count and forget what is longer than max_len: the last rule, since it needs the tokens."""
-        long = np.flatnonzero(self.rows["length"] > max_len)
-        self.account["dropped"]["max_len"] = len(long)
-        self.account["examples"]["max_len"] = [
-            f"{text.decode(self.ids(i)[:20]).strip().splitlines()[0]}: {n} tokens"
-            for i, n in zip(long[:3], self.rows["length"][long])]
+        a, took, long = self.account, self.account["dropped"], np.flatnonzero(self.rows["length"] > max_len)
+        took["max_len"], a["kept"] = len(long), len(self.rows) - len(long)
+        starts = [text.decode(self.ids(i)[:20]).strip().splitlines()[0] for i in long[:3]]
+        a["examples"]["max_len"] = [f"{s}: {n} tokens" for s, n in zip(starts, self.rows["length"][long])]
         self.rows = np.delete(self.rows, long)
-        self.account["kept"] = len(self.rows)
-        if not len(self.rows):
-            took = self.account["dropped"]
+        if not a["kept"]:
             most = max(took, key=took.get)
             why = f"{most} took {took[most]}; loosen that bound (--help lists them)" if took[most] else \
-                f"all {self.account['bad']} rows are bad: {'; '.join(self.account['bad_examples'])}"
-            raise UserError(f"no recipe is left of {self.account['read']} read: {why}.")
-
+                f"all {a['bad']} rows are bad: {'; '.join(a['bad_examples'])}"
+            raise UserError(f"no recipe is left of {a['read']} read: {why}.")
 
 def prepare(cfg, rules, folder):
     """(Heap, Heap of the held-out recipes, Text). With --val_data the second is a heap of its own, else the same one.
@@ -192,25 +180,23 @@ def prepare(cfg, rules, folder):
     text = Text(folder)
     if cfg.max_len > text.window:
         raise UserError(f"--max_len {cfg.max_len} is beyond the {text.window} positions of this model.")
-    files = [Path(f).resolve() for f in cfg.data] or [convert.default_recipes(cache_folder(cfg))]
 
-    def load(files, flag):
-        for f in files:
-            if not f.is_file():
-                raise UserError(f"{flag}: {f} is no file.")
+    def load(names, flag):
+        files = [Path(f).resolve() for f in names] or [convert.default_recipes(cache_folder(cfg))]
+        if missing := [f for f in files if not f.is_file()]:
+            raise UserError(f"{flag}: {missing[0]} is no file.")
         heap = Heap(tokenise(files, cfg, rules, text))
         heap.drop_long(cfg.max_len, text)
         if 0 < (most := cfg.budget or cfg.batch_tokens) < (longest := heap.rows["length"].max()):
             raise UserError(f"--batch_tokens {most}: the longest recipe has {longest} tokens; raise it.")
         return heap
 
-    heap = load(files, "--data")
+    heap = held = load(cfg.data, "--data")
     if cfg.val_data:
-        held = load([Path(f).resolve() for f in cfg.val_data], "--val_data")
+        held = load(cfg.val_data, "--val_data")
         held.val = np.random.default_rng(cfg.seed).permutation(len(held.rows))[:cfg.val_recipes]
         heap.train = np.flatnonzero(~np.isin(heap.rows["key"], held.rows["key"]))
     else:
-        held = heap
         out = recipes.held_out(heap.rows["key"], cfg.val_recipes, cfg.seed)
         heap.train, held.val = np.flatnonzero(~out), np.flatnonzero(out)
     if not len(heap.train) or not len(held.val):
@@ -221,50 +207,43 @@ def prepare(cfg, rules, folder):
 
 # --- batches ---
 
-
 def cut(order, lengths, cfg):
     """The recipes of `order` as batches: batch_size of them, or as many as fit into batch_tokens padded, or packed."""
     if cfg.budget:
         return [b for i in range(0, len(order), 4096) for b in pack(order[i:i + 4096], lengths, cfg.budget)]
     if not cfg.batch_tokens:
         return [order[i:i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
-    batches, begin, widest = [], 0, 0
+    begins, widest = [0], 0
     for i, length in enumerate(lengths[order].tolist()):
         widest = max(widest, length)
-        if widest * (i + 1 - begin) > cfg.batch_tokens:
-            batches.append(order[begin:i])
-            begin, widest = i, length
-    return [*batches, order[begin:]]
-
+        if widest * (i + 1 - begins[-1]) > cfg.batch_tokens:
+            begins.append(i)
+            widest = length
+    return np.split(order, begins[1:])
 
 def pack(order, lengths, budget):
-    """Best fit decreasing: the longest first, each into the fullest row that still takes it. A window of the epoch's
-    random order at a time: what shares a row is random, and nothing is sorted whole."""
-    rows, room = [], []  # room: (tokens that are free, row), sorted, of the rows that are not full
+    """Best fit decreasing: the longest first, each into the fullest row that takes it. cut() gives it a window of the
+    epoch's random order at a time."""
+    rows, room = [], []  # room: (free tokens, row) of the rows that are not full, sorted
     for i in order[np.argsort(-lengths[order], kind="stable")].tolist():
         need = int(lengths[i]) - 1  # the last token is a target only
-        at = bisect.bisect_left(room, (need, 0))
-        free, row = room.pop(at) if at < len(room) else (budget, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        if len(rows[row]) < budget // 32:
-            bisect.insort(room, (free - need, row))
+        at = bisect.bisect_left(room, need, key=lambda pair: pair[0])
+        free, row = room.pop(at) if at < len(room) else (budget, rows.append([]) or rows[-1])
+        row.append(i)
+        if len(row) < budget // 64:
+            bisect.insort(room, (free - need, row), key=lambda pair: pair[0])
     return [np.array(row) for row in rows]
 
-
 def plan(lengths, cfg, epoch, grad_accum=1):
-    """An epoch: a list of steps, a step a list of grad_accum micro-batches, those arrays of positions in `lengths`.
-
-    A pure function of its arguments. The step with the longest recipe comes first: running out of memory shows at once
-    (lit-llama's length_grouped_sampler). Micro-batches of a step are neighbours: accumulation changes no loss."""
+    """An epoch: a list of steps, a step a list of grad_accum micro-batches, those arrays of positions in `lengths`. A
+    pure function. The step with the longest recipe comes first: running out of memory shows at once (lit-llama's
+    length_grouped_sampler). Micro-batches of a step are neighbours: accumulation changes no loss."""
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(len(lengths))
     if cfg.batching == "sorted":
         order = order[np.argsort(-lengths[order], kind="stable")]  # equal lengths stay in random order
-    else:
-        longest = lengths[order].argmax()
-        order[[0, longest]] = order[[longest, 0]]
+    longest = lengths[order].argmax()
+    order[[0, longest]] = order[[longest, 0]]
     batches = cut(order, lengths, cfg)
     if cfg.budget:  # of a window the first rows hold the longest recipes, the last many short ones
         rng.shuffle(batches)
@@ -272,55 +251,48 @@ def plan(lengths, cfg, epoch, grad_accum=1):
     rng.shuffle(later := steps[1:])
     return steps[:1] + later
 
-
 def padding(lengths, cfg):
     """Share of an epoch's tokens that are padding."""
     batches = [b for step in plan(lengths, cfg, 0) for b in step]
-    real = (lengths - 1 if cfg.budget else lengths).sum()
-    return float(1 - real / sum(cfg.budget or len(b) * lengths[b].max() for b in batches))
-
+    return float(1 - (lengths - bool(cfg.budget)).sum() / sum(cfg.budget or len(b) * lengths[b].max() for b in batches))
 
 # ids [B, T]; where [N] = b * T + t of the positions whose next token is a target; targets [N], those tokens; cu_seqlens
 # of a packed row, or None; real: inputs that are no padding; rows: which recipes
 Batch = namedtuple("Batch", "ids where targets cu_seqlens real rows")
 
-
 def first_target(heap, i, mask_prompt, bos):
     """Index in the recipe of its first target token. BOS is never one; without it nothing predicts the first token."""
     return max(1, int(heap.rows["prompt"][i]) if mask_prompt else len(bos))
-
 
 def collate(heap, rows, mask_prompt, bos, budget=0):
     """Recipes as one Batch on the CPU, a row each and padded; with a budget end to end in one row that long. Padding is
     told by length: a model may pad with its end token."""
     import torch
     tokens = [heap.ids(i) for i in rows]
-    T = budget or max(len(t) for t in tokens) - 1
-    begins = np.cumsum([0] + [len(t) - 1 if budget else T for t in tokens])
-    ids, where, targets, cu = np.zeros(budget or T * len(rows), dtype=np.int64), [], [], None
-    for i, t, begin in zip(rows, tokens, begins):
-        ids[begin:begin + len(t) - 1] = t[:-1]
+    needs, longest = [len(t) - 1 for t in tokens], int(heap.rows["length"].max())
+    T = budget or max(needs)
+    begins = np.cumsum([0, *(needs if budget else [T] * len(rows))])
+    ids, where, targets = np.zeros(budget or begins[-1], dtype=np.int64), [], []
+    for i, t, begin, need in zip(rows, tokens, begins, needs):
+        ids[begin:begin + need] = t[:-1]
         first = first_target(heap, i, mask_prompt, bos)
-        where.append(np.arange(begin + first - 1, begin + len(t) - 1))
+        where.append(np.arange(begin + first - 1, begin + need))
         targets.append(t[first:])
     where, targets = np.concatenate(where), np.concatenate(targets)
     if not len(targets):
         raise UserError(f"a batch has no target token: recipe(s) {[int(i) for i in rows]} of the heap are all prompt.")
-    if budget:  # as many entries in every batch; the free tail is cut into documents no longer than a recipe
-        longest = int(heap.rows["length"].max())
-        cu = np.full(budget // 32 + budget // longest + 3, budget, dtype=np.int32)
-        ends = [*begins, *range(begins[-1] + longest, budget, longest)]
-        cu[:len(ends)] = ends
-    tensors = (x if x is None else torch.from_numpy(x) for x in (ids.reshape(-1, T), where, targets, cu))
-    return Batch(*tensors, sum(len(t) - 1 for t in tokens), rows)
-
+    # as many entries in every batch; the free tail is cut into documents no longer than a recipe
+    ends = [*begins, *range(begins[-1] + longest, budget, longest)]
+    cu = np.array(ends + [budget] * (budget // 64 + budget // longest + 3 - len(ends)), dtype=np.int32)
+    ids, where, targets, cu = map(torch.from_numpy, (ids.reshape(-1, T), where, targets, cu))
+    return Batch(ids, where, targets, cu if budget else None, sum(needs), rows)
 
 def feed(heap, steps, device, mask_prompt, bos, budget=0, ahead=4):
     """The Batches of each step, a list a step, on the device and in order. A thread collates, pins and copies them
     `ahead` of need, so the GPU never waits for one."""
-    def send(x):
-        return x if not hasattr(x, "pin_memory") else \
-            (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    def send(x):  # a tensor; the others stay
+        x = x.pin_memory() if device.type == "cuda" and hasattr(x, "pin_memory") else x
+        return x.to(device, non_blocking=True) if hasattr(x, "to") else x
 
     def make(step):
         return [Batch(*map(send, collate(heap, rows, mask_prompt, bos, budget))) for rows in step]
@@ -331,12 +303,10 @@ def feed(heap, steps, device, mask_prompt, bos, budget=0, ahead=4):
             ready.append(pool.submit(make, step))
             if len(ready) > ahead:
                 yield ready.popleft().result()
-        while ready:
-            yield ready.popleft().result()
+        yield from (ready.popleft().result() for _ in range(len(ready)))
 
 
 # --- python data.py ---
-
 
 @dataclass
 class Show:
@@ -344,19 +314,17 @@ class Show:
     show: int = 0                      # print this many recipes with their target tokens coloured
     to: str = ""                       # write the recipes here, always cleaned, .jsonl or .jsonl.gz
 
-
 def full_account(heap, held, cfg):
     """Everything that data.py prints, as one dict."""
-    lengths, train = heap.lengths(slice(None)), heap.lengths(heap.train)
+    lengths, kinds = heap.lengths(slice(None)), ("random", "sorted", "packed")
+    shares = [padding(heap.lengths(heap.train), Data(**{**asdict(cfg), "batching": kind})) for kind in kinds]
     return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()),
-            "lengths": {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)},
-            "padding": {kind: padding(train, Data(**{**asdict(cfg), "batching": kind}))
-            for kind in ("random", "sorted", "packed")}, "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
-
+            "padding": dict(zip(kinds, shares)), "lengths": {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)},
+            "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
 
 def print_account(a):
-    lines = [("read", f"{a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")]
-    lines += [("", f"    bad: {example}") for example in a["bad_examples"]]
+    lines = [("read", f"{a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired"),
+             *(("", f"    bad: {example}") for example in a["bad_examples"])]
     for rule, count in a["dropped"].items():
         most = "  more than half of all: is that bound right?" if 2 * count > a["read"] else ""
         lines += [("dropped", f"{count:>7}  {rule}{most}"), *(("", f"{'':13}{e}") for e in a["examples"].get(rule, []))]
@@ -366,14 +334,12 @@ def print_account(a):
               ("padding", f"batches of {size}: " + ", ".join(f"{k} {v:.2%}" for k, v in a["padding"].items()))]
     print("\n".join(f"{what:<12} {text}".rstrip() for what, text in lines))
 
-
 def show(heap, text, cfg, n):
     """Print recipes as the model sees them: green what it is trained to write, grey what it only reads."""
     for i in np.random.default_rng(cfg.seed).permutation(heap.train)[:n]:
         ids, first = heap.ids(i), first_target(heap, i, cfg.mask_prompt, text.bos)
         raw = [text.tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in (ids[:first], ids[first:])]
         print(f"\033[90m{raw[0]}\033[0m\033[32m{raw[1]}\033[0m\n")
-
 
 def main():
     cfg, rules, what = cli.parse(__doc__, Data, recipes.Rules, Show)

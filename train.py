@@ -153,8 +153,6 @@ def build(cfg, folder, device):
             raise UserError("--offload_embed: this embedding is the head too, or trained: it must stay; drop the flag.")
         embed.weight.data = embed.weight.data.cpu()
         say("offload", f"the input embedding, {embed.weight.nbytes / 1e9:.2f} GB, is in host memory")
-    for block in model.layers:
-        block.longest = cfg.max_len
     if cfg.grad_ckpt:  # Chen et al. 2016: of each block only its input is kept
         say("grad_ckpt", f"{len(model.layers)} blocks keep one tensor each and are computed again in backward")
         if not cfg.compile or cfg.lora_dropout:
@@ -376,6 +374,8 @@ def main():
     if not (cfg.batch_tokens or cfg.budget) and len(heap.train) < (per_step := cfg.grad_accum * cfg.batch_size):
         say("note", f"a step wants {per_step} recipes and there are {len(heap.train)}: it trains on those")
     model, params, autocast = build(cfg, base, device)
+    for block in model.layers:
+        block.longest = int(max(heap.rows["length"].max(), held.rows["length"].max()))
     optimizer, trained = make_optimizer(cfg, params, device)
 
     info = about(cfg, rules, base, heap, held, text, model)
@@ -447,8 +447,8 @@ def main():
             loss, scale = 0.0, facts["loss_scale"]
             targets = sum(len(batch.targets) for batch in batches)
             real, padded = sum(batch.real for batch in batches), sum(batch.ids.numel() for batch in batches)
-            for batch in batches:
-                loss += forward_backward(batch.ids, batch.where, batch.targets, scale / targets, batch.cu_seqlens) / scale
+            for b in batches:
+                loss += forward_backward(b.ids, b.where, b.targets, scale / targets, b.cu_seqlens) / scale
             launched = time.time()
             checked = checked or check_gradients(model, params)
             if cfg.lora_r:
@@ -465,7 +465,7 @@ def main():
 
             loss, norm, took = float(loss), float(norm), time.time() - began  # float() waits for the GPU
             if not math.isfinite(loss) or not math.isfinite(norm) and (not overflow or scale < 2**-10):
-                rows = [int(i) for i in batch.rows[:8]]
+                rows = [int(i) for i in batches[-1].rows[:8]]
                 raise UserError(f"the loss is {loss} at step {step}, its gradient's norm {norm} (recipes {rows} …): "
                                 f"lower --lr or use --dtype fp32. {run.folder} keeps what was last saved.")
             facts["loss_scale"] *= 0.5 if overflow else 2 if model.dtype == torch.float16 and step % 2000 == 0 else 1

@@ -408,7 +408,7 @@ def test_packed_rows_hold_every_recipe_once_and_never_too_many_tokens():
 
 
 def test_packed_rows_are_full():
-    """3,000 log-normal lengths at a budget of 4,096: below 1 % is free, where padding of random batches is above 30 %."""
+    """3,000 log-normal lengths in rows of 4,096: below 1 % is free, where padding of random batches is above 30 %."""
     for seed in range(3):
         lengths, steps = packed(3000, seed, 4096)
         free = 1 - (lengths - 1).sum() / (4096 * len(flat_batches := [b for s in steps for b in s]))
@@ -418,11 +418,9 @@ def test_packed_rows_are_full():
 
 
 def test_packing_four_recipes_by_hand():
-    """7 + 3 and 6 + 4 tokens of input fill two rows of 10, the longest first; a row takes no more than budget // 32."""
-    order, lengths = np.arange(4), np.array([4, 8, 7, 5])
-    rows = data.pack(order, lengths, 64)
-    assert [sorted(r) for r in rows] == [[1, 2], [0, 3]]  # 64 // 32: two a row
-    assert [sorted(r) for r in data.pack(np.arange(3), np.array([65, 34, 32]), 64)] == [[0], [1, 2]]
+    """60 + 68 and 50 + 40 tokens of input; then rows of 128 that would hold four, but take no more than 128 // 64."""
+    assert [sorted(r) for r in data.pack(np.arange(4), np.array([61, 51, 69, 41]), 128)] == [[0, 2], [1, 3]]
+    assert [sorted(r) for r in data.pack(np.arange(4), np.array([11, 12, 13, 14]), 128)] == [[2, 3], [0, 1]]
 
 
 def test_a_packed_epoch_is_in_random_order():
@@ -743,7 +741,8 @@ def test_json_is_one_line_and_all_there_is_on_stdout(tmp_path, tiny_model):
     assert a["kept"] == a["read"] - sum(a["dropped"].values())
     lengths = sorted(len(Plain(tiny_model).recipe(row, 0)) for row in kept)
     assert a["tokens"] == sum(lengths) and a["lengths"]["p100"] == lengths[-1]  # with the end token
-    assert set(a["padding"]) == {"random", "sorted"} and 0 < a["padding"]["sorted"] < a["padding"]["random"] < 1
+    assert set(a["padding"]) == {"random", "sorted", "packed"}
+    assert 0 < a["padding"]["sorted"] < a["padding"]["random"] < 1
 
 
 @pytest.fixture

@@ -87,7 +87,8 @@ def gradients(model, packed=False):
     ids, where, targets, cu = packed_batch() if packed else (*batch(), None)
     for block in model.layers:
         block.longest = 200
-    loss = models.sum_loss(model(ids, cu_seqlens=cu), model.lm_head.weight, where, targets, 1 / len(targets), True, model.loss_chunk)
+    h = model(ids, cu_seqlens=cu)
+    loss = models.sum_loss(h, model.lm_head.weight, where, targets, 1 / len(targets), True, model.loss_chunk)
     loss.backward()
     grads = {name: p.grad.double() for name, p in lora.parameters(model).items()}
     for p in lora.parameters(model).values():
