@@ -318,9 +318,9 @@ def full_account(heap, held, cfg):
     """Everything that data.py prints, as one dict."""
     lengths, kinds = heap.lengths(slice(None)), ("random", "sorted", "packed")
     shares = [padding(heap.lengths(heap.train), Data(**{**asdict(cfg), "batching": kind})) for kind in kinds]
-    return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()),
-            "padding": dict(zip(kinds, shares)), "lengths": {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)},
-            "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
+    spread = {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)}
+    return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()), "lengths": spread,
+            "padding": dict(zip(kinds, shares)), "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
 
 def print_account(a):
     lines = [("read", f"{a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired"),
