@@ -1,13 +1,11 @@
 """The heap: read recipes from files, repair them, drop the bad ones, account for every drop, hold some out.
 
-Nothing here holds the heap: `read` and `clean` are generators, and what they remember is one 8-byte key a recipe.
+Nothing here holds the heap: `read` and `clean` are generators, and what they remember of a recipe is some 200 bytes.
 In a notebook:
 
     from recipes import Account, Rules, clean, read
-    account = Account()
-    heap = list(clean(read(["full_dataset.csv", "mine.jsonl.gz"], account), Rules(), account))
-    print(account.read, account.bad, account.kept, account.dropped)
-    print("".join(heap[0].text()))
+    heap = list(clean(read(["full_dataset.csv", "mine.jsonl.gz"], account := Account()), Rules(), account))
+    print(account.dropped, "".join(heap[0].text()))
 """
 import csv
 import gzip
@@ -15,8 +13,11 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
+import tempfile
 import zlib
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,10 +64,8 @@ class Account:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-
 class BadRow(Exception):
     """Why a row is no recipe. It travels in the place of a value, so that one bad row does not end its file."""
-
 
 def read(paths, account, allow_bad=0.01):
     """The recipes of several files as one heap, as they are. Bad rows are counted in the account and skipped; if their
@@ -85,8 +84,7 @@ def read(paths, account, allow_bad=0.01):
                         recipe = _recipe(row)
                     except (BadRow, RecursionError) as why:
                         account.bad += 1
-                        if len(account.bad_examples) < 3:
-                            account.bad_examples.append(f"{path}:{line}: {why}")
+                        account.bad_examples += [f"{path}:{line}: {why}"] * (account.bad <= 3)
                     else:
                         account.read += 1
                         yield recipe
@@ -99,7 +97,6 @@ def read(paths, account, allow_bad=0.01):
         raise UserError(f"{account.bad:,} of {rows:,} rows ({account.bad / rows:.1%}) are no recipes: "
                         f"{'; '.join(account.bad_examples)}. Repair them, or allow a larger share with --allow_bad.")
 
-
 def _json_rows(file, path):
     """(entry number, row) of a JSON file: a list of rows, or an object of them."""
     try:
@@ -109,11 +106,9 @@ def _json_rows(file, path):
     heap = list(heap.values()) if isinstance(heap, dict) else heap
     return enumerate(heap if isinstance(heap, list) else [heap], 1)
 
-
 def _jsonl_rows(file, path):
     """(line number, row) of bytes, which are cut at \\n only: in text a U+2028 inside a string may end a line too."""
     return ((n, _json(line, "the line")) for n, line in enumerate(file, 1))
-
 
 def _csv_rows(file, path):
     """(number of its first line, row) of a CSV in the columns of RecipeNLG, where a list is JSON inside its cell."""
@@ -134,9 +129,7 @@ def _csv_rows(file, path):
             yield line, BadRow(f"{len(cells)} cells under {len(header)} columns" if cells else "an empty line")
         line = reader.line_num + 1
 
-
 FORMATS = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
-
 
 def _json(text, what):
     """The value of a JSON text (or of its bytes), or a BadRow in its place."""
@@ -146,13 +139,10 @@ def _json(text, what):
         why = getattr(e, "msg", e) if text.strip() else "it is empty"
         return BadRow(f"{what} is no JSON in UTF-8 ({why})")
 
-
 def _recipe(row):
     """The Recipe of a JSON object; BadRow if it is none."""
-    if isinstance(row, BadRow):
-        raise row
     if not isinstance(row, dict):
-        raise BadRow(f"no JSON object but {row!r:.40}")
+        raise row if isinstance(row, BadRow) else BadRow(f"no JSON object but {row!r:.40}")
     steps = "steps" if "steps" in row and "directions" not in row else "directions"  # the Wikibooks file says steps
     if "ingredients" in row or steps in row:
         recipe = Recipe(_field(row, "title"), _field(row, "ingredients", many=True), _field(row, steps, many=True))
@@ -168,7 +158,6 @@ def _recipe(row):
         raise BadRow("a lone surrogate, or bytes that are no UTF-8") from e
     return recipe
 
-
 def _field(row, name, many=False):
     """The text under a name or, with `many`, the list of texts."""
     value = row.get(name, BadRow(f"`{name}` is missing"))
@@ -180,20 +169,17 @@ def _field(row, name, many=False):
 
 
 # ---- repairing: what can be mended is not dropped -------------------------------------------------------------------
-
 # List marks, which the text format adds again: "- x", "* x", "1. x", and a wiki's "*x", "*#x" and "#x". Not marks:
 # "*so* good" and "**so** good" (emphasis), "#10 tin", "1.5 cups", and "1. 5 cups" (a decimal point, a space too many).
 MARK = re.compile(r"^(?:[-–—•*](?:\s+|$)|\*#?(?![^*]*\*)\s*|#+\s*(?=[^\W\d_])|\d{1,2}[.)](?:\s+(?!\d)|$))")
 
-
 # A footnote with what is in it, other tags without ("<5 g" is none), a link in a wiki's brackets, a bare link.
-MARKUP = re.compile(r"<ref\b[^<>]*/>|<ref\b[^<>]*>.*?</ref>|</?[a-z]+\d?(?: [^<>]*)?/?>|\[https?://[^]]*\]"
-                    r"|(?:https?://|www\.)\S+", re.IGNORECASE | re.DOTALL)
+MARKUP = re.compile(r"(?is)<ref\b[^<>]*/>|<ref\b[^<>]*>.*?</ref>|</?[a-z]+\d?(?: [^<>]*)?/?>|\[https?://[^]]*\]"
+                    r"|(?:https?://|www\.)\S+")
 # Whole items that speak of the page and not of the food.
 BOILERPLATE = re.compile(r"(?:originally published at|adapted from|recipe (?:by|from|courtesy of)|photo by|©"
                          r"|copyright|all rights reserved|click here|subscribe|follow us|print this|advertisement)\b.*"
                          r"|(?:©|source:).*", re.IGNORECASE)
-
 
 def tidy(text):
     """Entities become characters (&frac12; is ½), white space (a no-break one too) single spaces; markup goes."""
@@ -201,7 +187,6 @@ def tidy(text):
     if "<" in text or "://" in text or "www." in text:  # few have any: the search is slower than the rest
         text = MARKUP.sub("", text)
     return " ".join(text.split())
-
 
 def repair(recipe):
     """The recipe with tidy texts, without list marks, empty items and boilerplate; the same object if all was well."""
@@ -215,7 +200,6 @@ def repair(recipe):
 
 
 # ---- the rules: each says why a recipe should go, or "" -------------------------------------------------------------
-
 @dataclass
 class Rules:
     """The bounds. Stubs teach a model to stop early; a list of thirty ingredients is mostly several recipes in one."""
@@ -224,24 +208,21 @@ class Rules:
     min_ingredients: int = 2   # drop recipes of fewer ingredients
     max_ingredients: int = 25  # drop recipes of more ingredients
     min_steps: int = 2         # drop recipes of fewer steps
+    max_similar: float = 0.8   # drop recipes of which this share of 3-word runs stands in an earlier one; 2: none
     min_mentioned: float = 0.2  # drop recipes of 4 or more ingredients if the directions name a smaller share of them
-
 
 @dataclass
 class Heap:
     """What a rule may know besides the recipe: the bounds, and what came before."""
     rules: Rules
+    near: "Near"
     seen: set[int] = field(default_factory=set)  # keys
-
 
 def _outside(n, what, low=0, high=float("inf")):
     return "" if low <= n <= high else f"{n} {what}{'' if n == 1 else 's'}"
-
-
 def _words(recipe):
     parts = [recipe.title, *recipe.ingredients, *recipe.directions, recipe.prompt or "", recipe.completion or ""]
     return len(" ".join(parts).split())
-
 
 def no_title(recipe, heap):
     """The title is empty: there would be nothing to ask the model for."""
@@ -275,16 +256,13 @@ POINTER = re.compile(
     r"|as (?:for|in|above|directed (?:for|in|above)|the (?:above|preceding|previous|last))|like the (?:above|preceding"
     r"|previous|last)|according to recipe))\b(?!.*\b(?:package|packet|packaging|box|label|tin|jar)\b)", re.IGNORECASE)
 
-
 def points_elsewhere(recipe, heap):
     """A short step that only points to another recipe, which the reader does not have."""
     return next((repr(step) for step in recipe.directions if len(step.split()) <= 12 and POINTER.match(step)), "")
 
-
 UNITS = set(re.findall(r"\w+", """cup cups cupful tablespoon tablespoons teaspoon teaspoons tbsp tsp ounce ounces pound
     pounds gram grams pint pints quart quarts large small medium fresh pinch dash can cans piece and the with from"""))
 ALL = re.compile(r"\b(?:ingredients|everything|all together|(?:mix|combine|stir|blend|beat|boil) (?:it |them )?all)\b")
-
 
 def unused_ingredients(recipe, heap):
     """Directions that name almost none of the ingredients, nor all of them at once: the two do not belong together."""
@@ -296,38 +274,70 @@ def unused_ingredients(recipe, heap):
         return ""
     return f"{named} of {len(names)} ingredients in the directions"
 
-
 def duplicate(recipe, heap):
-    """The content of an earlier recipe. The last rule, so that only what stays can make another one a duplicate."""
-    k = key(recipe)
-    if k in heap.seen:
-        return "same content as an earlier one"
-    heap.seen.add(k)
-    return ""
+    """The content of an earlier recipe. Late among the rules: only what stays should make another one a duplicate."""
+    before = len(heap.seen)
+    heap.seen.add(key(recipe))
+    return "same content as an earlier one" if len(heap.seen) == before else ""
 
+class Near:
+    """Which recipes share most of their 3-word shingles: MinHash with banding (Broder 1997). Of two that share 0.8
+    (Jaccard), 98.5 % share one of 8 bands of 4 minima; those that do are compared exactly, from a temporary file."""
+    A = np.random.default_rng(0).integers(0, 2**31, 32).astype(np.uint32) * 2 + 1  # odd: x -> x * a is one to one
+    def __init__(self):
+        self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (until the heap is clean)
+        self.ends, self.bands = array("Q", [0]), array("I")
+        self.table = np.zeros((8, 2**12), np.uint32)  # [band, its hash] -> the last recipe that had it, from 1
 
-# In this order: the first rule that a recipe fails counts it.
-RULES = {rule.__name__: rule for rule in
+    @staticmethod
+    def shingles(recipe):
+        words = re.findall(r"\w+", " ".join(recipe.ingredients + recipe.directions).casefold())
+        h = np.array(list(map(zlib.crc32, map(str.encode, words))), dtype=np.uint32)
+        return np.unique(((h[:-2] * Near.A[0] ^ h[1:-1]) * Near.A[1] ^ h[2:]) * Near.A[2])
+
+    def find(self, mine, least):
+        """How much an earlier recipe shares, if it is at least that; else 0, and this one is remembered."""
+        bands = ((mine[:, None] * self.A).min(0).reshape(8, 4) * self.A[:4]).sum(1, dtype=np.uint32)
+        last = self.table[np.arange(8), bands % self.table.shape[1]].tolist()
+        for j in {j for b, j in enumerate(last) if j and self.bands[8 * j - 8 + b] == bands[b]}:
+            begin, end = self.ends[j - 1:j + 1]
+            other = np.frombuffer(os.pread(self.file.fileno(), end - begin, begin), dtype=np.uint32)
+            both = len(np.intersect1d(mine, other, assume_unique=True))
+            if (same := both / (len(mine) + len(other) - both)) >= least:
+                return same
+        self.file.write(mine.tobytes())
+        self.ends.append(self.ends[-1] + mine.nbytes)
+        self.bands.extend(bands.tolist())
+        bands, n = bands[:, None], len(self.ends) - 1  # [8, 1]
+        if 2 * n > self.table.shape[1]:  # a fuller table would forget too many
+            self.table, bands = np.zeros((8, 4 * self.table.shape[1]), np.uint32), np.array(self.bands).reshape(n, 8).T
+        self.table[np.arange(8)[:, None], bands % self.table.shape[1]] = np.arange(n - bands.shape[1], n) + 1
+        return 0
+
+def near_duplicate(recipe, heap):
+    """An earlier recipe with other words here and there."""
+    least, mine = heap.rules.max_similar, heap.near.shingles(recipe)
+    same = heap.near.find(mine, least) if least <= 1 and len(mine) else 0
+    return f"{same:.0%} the same as an earlier one" if same else ""
+
+RULES = {rule.__name__: rule for rule in  # the first that a recipe fails counts it
          (no_title, too_short, too_long, few_ingredients, many_ingredients, few_steps, points_elsewhere,
-          unused_ingredients, duplicate)}
+          unused_ingredients, duplicate, near_duplicate)}
 ANY_TEXT = {"too_short", "too_long", "duplicate"}  # the rules that make sense for a text that is no recipe
-
 
 def clean(recipes, rules, account):
     """Repair each recipe, drop it by the first rule that it fails, yield the rest; all of it counted in the account."""
-    heap = Heap(rules)
+    heap = Heap(rules, Near())
     for recipe in recipes:
         fixed = repair(recipe)
         account.repaired += fixed is not recipe
         for name, rule in RULES.items():
-            why = rule(fixed, heap) if fixed.completion is None or name in ANY_TEXT else ""
-            if why:
+            if (fixed.completion is None or name in ANY_TEXT) and (why := rule(fixed, heap)):
                 account.drop(name, fixed, why)
                 break
         else:
             account.kept += 1
             yield fixed
-
 
 def key(recipe):
     """64 bits that recipes of the same content share: ingredients and directions without case and white space (another
@@ -337,7 +347,6 @@ def key(recipe):
     else:
         content = f"{recipe.prompt}\0{recipe.completion}"
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
-
 
 def save(recipes, path):
     """Write recipes as JSON Lines that `read` takes, gzipped if the name ends in .gz. All of them or no file."""
@@ -354,27 +363,18 @@ def save(recipes, path):
         if part.is_file():
             part.unlink()
 
-
 def held_out(keys, n, seed):
-    """Which recipes are kept from training, as booleans: as near to n as can be, never more than half of the heap.
-
-    Recipes that share a key stay on one side, else the held-out loss would praise memory. The choice hangs on keys, n
-    and seed alone: files in another order, or a few more recipes, leave (nearly) the same ones held out."""
+    """Which recipes are kept from training, as booleans: n of them or as many as whole groups of a key can make, never
+    more than half of the heap. Recipes that share a key stay on one side, else the held-out loss would praise memory.
+    The choice hangs on keys, n and seed alone: files in another order, or a few more recipes, leave nearly the same."""
     groups, group_of, sizes = np.unique(np.asarray(keys, dtype=np.uint64), return_inverse=True, return_counts=True)
     x = groups + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)  # splitmix64, the same with every version of numpy:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)   # it gives each key a number, and each seed its own
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)   # order of the groups
-    order = np.argsort(x ^ (x >> np.uint64(31)))
-
-    half = len(group_of) // 2
-    n, total, out = max(0, min(n, half)), 0, np.zeros(len(groups), dtype=bool)
-    for g in order:  # the first groups that fit
-        if total == n:
-            break
-        if total + sizes[g] <= n:
+    total, out, half = 0, np.zeros(len(groups), dtype=bool), len(group_of) // 2
+    for g in np.argsort(x ^ (x >> np.uint64(31))):
+        if total + sizes[g] <= min(n, half):
             out[g], total = True, total + sizes[g]
-    left = order[~out[order]]
-    if total < n and len(left):  # all that is left is too large: the smallest of it may still come nearer
-        g = left[np.argmin(sizes[left])]
-        out[g] = total + sizes[g] - n < n - total and total + sizes[g] <= half
+    if n > 0 and not total and len(sizes) and sizes.min() <= half:  # all are larger than n
+        out[sizes.argmin()] = True
     return out[group_of]
