@@ -1,5 +1,6 @@
 """What the tests share: a tiny model folder, a heap of made-up recipes, and a way to run the programs."""
 
+import csv
 import json
 import os
 import random
@@ -53,6 +54,51 @@ def made_recipes(n, seed=0):
             }
         )
     return out
+
+
+def recipenlg(path, n, seed=0, share=0.03):
+    """A CSV in RecipeNLG's format of n rows, honest ones and of each defect about `share`. -> {rule, bad or kept: rows}
+
+    Any size: it remembers the last thousand honest rows, for the copies."""
+    rng, planted, last = random.Random(seed), dict.fromkeys(("bad", "kept", *DEFECTS), 0), []
+    with open(path, "w", newline="", encoding="utf-8") as out:
+        rows = csv.writer(out)
+        rows.writerow(["", "title", "ingredients", "directions", "link", "source", "NER"])
+        for i in range(n):
+            foods = rng.sample(FOODS, 6)
+            items = [f"{rng.randint(1, 9)} {rng.choice(('cups', 'lb.', 'tsp.'))} {food}, chopped" for food in foods]
+            steps = [f"{rng.choice(VERBS).title()} the {food} with {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
+                     f"then rest it {rng.randint(2, 99)} hours near {rng.choice(FOODS)}." for food in foods]
+            kind = rng.choice(DEFECTS) if last and rng.random() < share * len(DEFECTS) else "kept"
+            cells = None
+            if kind == "few_steps":
+                steps = [" ".join(steps)]
+            elif kind == "too_short":
+                items, steps = items[:2], ["Mix.", "Serve."]
+            elif kind == "points_elsewhere":
+                steps.insert(rng.randint(0, 5), "Prepare the dish as for the one above.")
+            elif kind == "unused_ingredients":
+                items = [f"{n} cups of {rng.choice(STRANGE)}{n}" for n in range(5)]
+            elif kind == "duplicate":
+                items, steps = rng.choice(last)
+            elif kind == "near_duplicate":
+                items, steps = rng.choice(last)
+                at = rng.randrange(6)
+                words = steps[at].split()
+                words[rng.randrange(len(words))] = rng.choice(STRANGE)
+                steps = [*steps[:at], " ".join(words), *steps[at + 1:]]
+            elif kind == "bad":
+                cells = '["1 cup'
+            else:
+                last = [*last[-999:], (items, steps)]
+            planted[kind] += 1
+            rows.writerow([i, f"{foods[0].title()} number {i}", cells or json.dumps(items), json.dumps(steps),
+                           "www.example.org/x", "Gathered", json.dumps(foods)])
+    return planted
+
+
+DEFECTS = ["bad", "few_steps", "too_short", "points_elsewhere", "unused_ingredients", "duplicate", "near_duplicate"]
+STRANGE = ["ferrous", "quartz", "gravel", "velvet", "timber"]
 
 
 def write_jsonl(path, rows):

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import recipenlg
+
 from cli import UserError, helps
 from recipes import RULES, Account, Recipe, Rules, clean, held_out, key, read, repair
 
@@ -537,6 +539,19 @@ def test_near_duplicates_by_hand():
     assert got == [one, middle]
     assert account.examples["near_duplicate"] == ["T: 82% the same as an earlier one"]
     assert cleaned([one, middle, end], LOOSE)[0] == [one, middle, end]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_account_of_a_made_up_recipenlg_is_what_was_planted(tmp_path, seed):
+    planted = recipenlg(tmp_path / "full_dataset.csv", 5000, seed)
+    account = Account()
+    kept = list(clean(read([tmp_path / "full_dataset.csv"], account, allow_bad=0.1), Rules(), account))
+    missed = planted["near_duplicate"] - account.dropped["near_duplicate"]
+    assert min(planted.values()) > 100 and account.bad == planted.pop("bad")
+    assert len(kept) == account.kept == planted.pop("kept") + missed
+    assert 0 <= missed <= 0.05 * planted.pop("near_duplicate")  # none that is honest, or the count would be above
+    account.dropped.pop("near_duplicate")
+    assert account.dropped == dict.fromkeys(account.dropped, 0) | planted
 
 
 def test_a_dropped_recipe_makes_no_duplicate():
