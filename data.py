@@ -119,22 +119,22 @@ def tokenise(files, cfg, rules, text):
     part = done.with_name(f"{done.name}.{os.getpid()}.part")  # renamed when whole: a killed preparation starts clean
     part.mkdir(parents=True, exist_ok=True)
     try:
-        account, rows, start = recipes.Account(), [], 0
+        account, start = recipes.Account(), 0
         heap = recipes.read(files, account, cfg.allow_bad)
         if cfg.clean:
             heap = recipes.clean(heap, rules, account)
         bar = cli.Progress(None, "tokenise")
-        with open(part / "tokens.bin", "wb") as out:
+        with open(part / "tokens.bin", "wb") as out, open(part / "rows.bin", "wb") as rows:
             while chunk := [r for _, r in zip(range(2048), heap)]:
                 texts = [r.text() for r in chunk]
                 for r, p, c in zip(chunk, *(text.encode(list(half)) for half in zip(*texts))):
                     ids = [*text.bos, *p, *c, text.end]
                     out.write(np.array(ids, dtype="<u4").tobytes())
-                    rows.append((start, len(ids), len(text.bos) + len(p), recipes.key(r)))
+                    row = start, len(ids), len(text.bos) + len(p), recipes.key(r)
+                    rows.write(np.array(row, dtype=ROW).tobytes())
                     start += len(ids)
                 bar.step(len(chunk))
         bar.close()
-        (part / "rows.bin").write_bytes(np.array(rows, dtype=ROW).tobytes())
         (part / "account.json").write_text(json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8")
         try:
             part.rename(done)
