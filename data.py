@@ -165,7 +165,7 @@ class Heap:
         """Count and forget what is longer than max_len: the last rule, since it needs the tokens."""
         a, took, long = self.account, self.account["dropped"], np.flatnonzero(self.rows["length"] > max_len)
         took["max_len"], a["kept"] = len(long), len(self.rows) - len(long)
-        starts = [text.decode(self.ids(i)[:20]).strip().splitlines()[0] for i in long[:3]]
+        starts = [text.decode(self.ids(i)[:20]).strip().split("\n")[0] for i in long[:3]]
         a["examples"]["max_len"] = [f"{s}: {n} tokens" for s, n in zip(starts, self.rows["length"][long])]
         self.rows = np.delete(self.rows, long)
         if not a["kept"]:
@@ -200,8 +200,7 @@ def prepare(cfg, rules, folder):
         out = recipes.held_out(heap.rows["key"], cfg.val_recipes, cfg.seed)
         heap.train, held.val = np.flatnonzero(~out), np.flatnonzero(out)
     if not len(heap.train) or not len(held.val):
-        raise UserError(f"{len(heap.rows)} recipe(s) are too few to train on and to hold some out: "
-                        "bring more recipes, or a file of their own with --val_data.")
+        raise UserError(f"{len(heap.rows)} recipe(s) are too few to train on and hold out: bring more, or --val_data.")
     return heap, held, text
 
 
@@ -246,7 +245,7 @@ def plan(lengths, cfg, epoch, grad_accum=1):
     order[[0, longest]] = order[[longest, 0]]
     batches = cut(order, lengths, cfg)
     if cfg.budget:  # of a window the first rows hold the longest recipes, the last many short ones
-        rng.shuffle(batches)
+        batches[1:] = [batches[i] for i in 1 + rng.permutation(len(batches) - 1)]
     steps = [batches[i:i + grad_accum] for i in range(0, len(batches), grad_accum)]
     rng.shuffle(later := steps[1:])
     return steps[:1] + later
@@ -316,7 +315,8 @@ class Show:
 
 def full_account(heap, held, cfg):
     """Everything that data.py prints, as one dict."""
-    lengths, kinds = heap.lengths(slice(None)), ("random", "sorted", "packed")
+    lengths = heap.lengths(slice(None))
+    kinds = ("random", "sorted", "packed")[:3 if lengths.max() <= (cfg.batch_tokens or 4096) else 2]
     shares = [padding(heap.lengths(heap.train), Data(**{**asdict(cfg), "batching": kind})) for kind in kinds]
     spread = {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)}
     return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()), "lengths": spread,

@@ -117,9 +117,10 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def takes_packed(device, dtype, flash):
+def takes_packed(device, dtype, flash, D):
     """Whether varlen attention does; elsewhere a packed row is masked, and what is masked is computed."""
-    return flash and device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability() >= (8, 0)
+    fits = flash and device.type == "cuda" and dtype.itemsize == 2 and D % 8 == 0 and D <= 256
+    return fits and torch.cuda.get_device_capability() >= (8, 0)
 
 
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.12 on
@@ -207,7 +208,7 @@ class Llama(nn.Module):
         if cu_seqlens is not None:
             doc = torch.searchsorted(cu_seqlens, t, right=True, out_int32=True) - 1  # [T], the document of each token
             mask, pos = cu_seqlens, (t - cu_seqlens[doc])[None]
-            if not takes_packed(x.device, x.dtype, self.layers[0].flash):
+            if not takes_packed(x.device, x.dtype, self.layers[0].flash, self.cfg.head_dim):
                 mask = ((doc[:, None] == doc) & (t[:, None] >= t))[None, None]  # [1, 1, T, T]
         elif pos is None:
             pos = t[None]
@@ -341,8 +342,7 @@ def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True)
 def place(model, name, tensor, make_linear):
     """Put one tensor where it belongs. A block's linear layer is replaced by make_linear's; its bias stays."""
     path, _, leaf = name.rpartition(".")
-    parent, _, child = path.rpartition(".")
-    layer = model.get_submodule(path)
+    (parent, _, child), layer = path.rpartition("."), model.get_submodule(path)
     if leaf == "weight" and child.endswith("_proj"):
         setattr(model.get_submodule(parent), child, new := make_linear(path, tensor))
         new.bias = layer.bias

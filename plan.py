@@ -101,8 +101,8 @@ ADVICE = [  # in order of gain
     ("--no-cuda_graph", lambda c: c.cuda_graph),
     ("--offload_ckpt", lambda c: c.grad_ckpt and not c.offload_ckpt and not c.cuda_graph),
     ("--dtype bf16", lambda c: c.dtype == "fp32"), ("--optim adamw8bit", lambda c: c.optim == "adamw"),
-    ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1),
-    ("a smaller --max_len", lambda c: True)]
+    ("a smaller --batch_size with a larger --grad_accum", lambda c: c.batch_size > 1 and not c.budget),
+    ("a smaller --batch_tokens", lambda c: c.budget or c.batch_tokens), ("a smaller --max_len", lambda c: True)]
 
 
 @contextlib.contextmanager

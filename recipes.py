@@ -1,6 +1,6 @@
 """The heap: read recipes from files, repair them, drop the bad ones, account for every drop, hold some out.
 
-Nothing here holds the heap: `read` and `clean` are generators, and what they remember of a recipe is some 200 bytes.
+Nothing here holds the heap: `read` and `clean` are generators, and they keep 400 bytes a recipe at most.
 In a notebook:
 
     from recipes import Account, Rules, clean, read
@@ -208,7 +208,7 @@ class Rules:
     min_ingredients: int = 2   # drop recipes of fewer ingredients
     max_ingredients: int = 25  # drop recipes of more ingredients
     min_steps: int = 2         # drop recipes of fewer steps
-    max_similar: float = 0.8   # drop recipes of which this share of 3-word runs stands in an earlier one; 2: none
+    max_similar: float = 0.8   # drop recipes as like an earlier one (Jaccard of 3-word runs); 2: none
     min_mentioned: float = 0.2  # drop recipes of 4 or more ingredients if the directions name a smaller share of them
 
 @dataclass
@@ -282,7 +282,7 @@ def duplicate(recipe, heap):
 
 class Near:
     """Which recipes share most of their 3-word shingles: MinHash with banding (Broder 1997). Of two that share 0.8
-    (Jaccard), 98.5 % share one of 8 bands of 4 minima; those that do are compared exactly, from a temporary file."""
+    (Jaccard) 98.5 % share one of 8 bands of 4 minima; who had it last is looked up, and compared from a file."""
     A = np.random.default_rng(0).integers(0, 2**31, 32).astype(np.uint32) * 2 + 1  # odd: x -> x * a is one to one
     def __init__(self):
         self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (until the heap is clean)
@@ -309,8 +309,8 @@ class Near:
         self.ends.append(self.ends[-1] + mine.nbytes)
         self.bands.extend(bands.tolist())
         bands, n = bands[:, None], len(self.ends) - 1  # [8, 1]
-        if 2 * n > self.table.shape[1]:  # a fuller table would forget too many
-            self.table, bands = np.zeros((8, 4 * self.table.shape[1]), np.uint32), np.array(self.bands).reshape(n, 8).T
+        if 4 * n > self.table.shape[1]:  # a fuller table would forget too many
+            self.table, bands = np.zeros((8, 2 * self.table.shape[1]), np.uint32), np.array(self.bands).reshape(n, 8).T
         self.table[np.arange(8)[:, None], bands % self.table.shape[1]] = np.arange(n - bands.shape[1], n) + 1
         return 0
 
@@ -364,7 +364,7 @@ def save(recipes, path):
             part.unlink()
 
 def held_out(keys, n, seed):
-    """Which recipes are kept from training, as booleans: n of them or as many as whole groups of a key can make, never
+    """Which recipes are kept from training, as booleans: n of them, or as many as whole groups of a key come to, never
     more than half of the heap. Recipes that share a key stay on one side, else the held-out loss would praise memory.
     The choice hangs on keys, n and seed alone: files in another order, or a few more recipes, leave nearly the same."""
     groups, group_of, sizes = np.unique(np.asarray(keys, dtype=np.uint64), return_inverse=True, return_counts=True)

@@ -109,7 +109,8 @@ def build(cfg, folder, device):
     say("dtype", f"{str(kept)[6:]} ({why})")
     say("attn", "four plain lines" if cfg.attn == "naive" else "scaled_dot_product_attention: scores are never held")
     if cfg.budget:
-        takes = models.takes_packed(device, compute if cfg.lora_r else torch.float32, cfg.attn != "naive")
+        D, x = models.read_config(folder).head_dim, compute if cfg.lora_r else torch.float32
+        takes = models.takes_packed(device, x, cfg.attn != "naive", D)
         say("packed", f"rows of {cfg.budget} tokens, attention by {'varlen' if takes else 'a mask, which costs time'}")
     # cuDNN's is the quicker one on an H100, but plans for 0.1 s and more at each length that it has not seen
     torch.backends.cuda.enable_cudnn_sdp(cfg.attn == "cudnn")
@@ -304,8 +305,7 @@ def save(run, params, cfg, base, where=""):
 
 def draw_curve(run):
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4), layout="tight")
-    ax = fig.add_subplot()
+    ax = (fig := Figure(figsize=(7, 4), layout="tight")).add_subplot()
     for key, color, label in ("loss", "0.7", "training (lengths differ)"), ("val_loss", "tab:red", "held out"):
         if points := [(line["step"], line[key]) for line in run.history() if line.get(key) is not None]:
             ax.plot(*zip(*points), color=color, marker="o" if key == "val_loss" else "", lw=1, label=label)

@@ -67,7 +67,7 @@ def recipenlg(path, n, seed=0, share=0.03):
         for i in range(n):
             foods = rng.sample(FOODS, 6)
             items = [f"{rng.randint(1, 9)} {rng.choice(('cups', 'lb.', 'tsp.'))} {food}, chopped" for food in foods]
-            steps = [f"{rng.choice(VERBS).title()} the {food} with {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
+            steps = [f"{rng.choice(VERBS).title()} the {food} in {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
                      f"then rest it {rng.randint(2, 99)} hours near {rng.choice(FOODS)}." for food in foods]
             kind = rng.choice(DEFECTS) if last and rng.random() < share * len(DEFECTS) else "kept"
             cells = None

@@ -417,6 +417,12 @@ def test_packed_rows_are_full():
         assert data.padding(lengths, cfg) == pytest.approx(free, rel=1e-9)
 
 
+def test_the_first_packed_step_holds_the_longest_recipe():
+    for seed in range(5):
+        lengths, steps = packed(5000, seed)
+        assert max(lengths[i] for i in flat(steps[:1])) == lengths.max()
+
+
 def test_packing_four_recipes_by_hand():
     """60 + 68 and 50 + 40 tokens of input; then rows of 128 that would hold four, but take no more than 128 // 64."""
     assert [sorted(r) for r in data.pack(np.arange(4), np.array([61, 51, 69, 41]), 128)] == [[0, 2], [1, 3]]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import recipenlg
 
 from cli import UserError, helps
-from recipes import RULES, Account, Recipe, Rules, clean, held_out, key, read, repair
+from recipes import RULES, Account, Near, Recipe, Rules, clean, held_out, key, read, repair
 
 PUBLIC = Path(__file__).parents[2] / "shared/data/recipes_public.jsonl.gz"
 BREAD = Recipe(
@@ -526,6 +526,20 @@ def test_near_duplicates_are_those_of_a_slow_loop():
             assert most >= 0.8, r.title
     assert account.dropped["near_duplicate"] == 2000 - len(got) > 300
     assert should <= 0.05 * account.dropped["near_duplicate"]
+
+
+def test_near_duplicates_of_the_first_recipes_are_still_found():
+    """When the table is as full as it gets: copies, 0.8 the same, of the first 400 of 1,020."""
+    rng, near = np.random.default_rng(4), Near()
+    sets = [np.unique(rng.integers(0, 2**32, 90, dtype=np.uint32)) for _ in range(1020)]
+    assert not any(near.find(s, 0.8) for s in sets)
+    found = 0
+    for s in sets[:400]:
+        copy = np.concatenate([s[:len(s) - 10], rng.integers(0, 2**32, 10, dtype=np.uint32)])  # 80 of 100: J = 0.8
+        same = near.find(np.unique(copy), 0.75)
+        found += same > 0
+        assert same == 0 or 0.75 <= same <= 0.82
+    assert found >= 0.93 * 400
 
 
 def test_near_duplicates_by_hand():
