@@ -395,8 +395,8 @@ def main():
     run.write_json("run.json", info)
     title = info["titles"][cfg.seed % len(info["titles"])]
     peak, seconds, launching, waited, ended, tokens, graphs, checked = 0.0, 0.0, 0.0, 0.0, 0.0, 0, [], False
-    def forward_backward(ids, where, targets, scale, cu_seqlens):
-        nonlocal peak  # -> the loss of a micro-batch; its gradients are added to those that are there
+    def forward_backward(ids, where, targets, scale, cu_seqlens):  # its gradients are added to those that are there
+        nonlocal peak
         with autocast:
             h = model(ids, cu_seqlens=cu_seqlens)
             loss = models.sum_loss(h, model.lm_head.weight, where, targets, scale, cfg.fused_loss, model.loss_chunk)
