@@ -78,11 +78,15 @@ def recipenlg(path, n, seed=0, share=0.03):
             elif kind == "points_elsewhere":
                 steps.insert(rng.randint(0, 5), "Prepare the dish as for the one above.")
             elif kind == "unused_ingredients":
-                items = [f"{n} cups of {rng.choice(STRANGE)}{n}" for n in range(5)]
+                foods = [f"{rng.choice(STRANGE)} {'abcde'[n]}" for n in range(5)]
+                items = [f"{n} cups of {food}" for n, food in enumerate(foods)]
+            elif kind == "rare_ingredient":  # a word that is in no other row
+                foods[2] = "dust of " + "".join(chr(97 + int(digit)) for digit in str(i))
+                items[2] = f"2 cups {foods[2]}, chopped (see note)"
             elif kind == "duplicate":
-                items, steps = rng.choice(last)
+                foods, items, steps = rng.choice(last)
             elif kind == "near_duplicate":
-                items, steps = rng.choice(last)
+                foods, items, steps = rng.choice(last)
                 at = rng.randrange(6)
                 words = steps[at].split()
                 words[rng.randrange(len(words))] = rng.choice(STRANGE)
@@ -90,14 +94,15 @@ def recipenlg(path, n, seed=0, share=0.03):
             elif kind == "bad":
                 cells = '["1 cup'
             else:
-                last = [*last[-999:], (items, steps)]
+                last = [*last[-999:], (foods, items, steps)]
             planted[kind] += 1
             rows.writerow([i, f"{foods[0].title()} number {i}", cells or json.dumps(items), json.dumps(steps),
-                           "www.example.org/x", "Gathered", json.dumps(foods)])
+                           "www.example.org/x", "Gathered", json.dumps(foods) if i % 7 else ""])
     return planted
 
 
-DEFECTS = ["bad", "few_steps", "too_short", "points_elsewhere", "unused_ingredients", "duplicate", "near_duplicate"]
+DEFECTS = ["bad", "few_steps", "too_short", "points_elsewhere", "unused_ingredients", "rare_ingredient", "duplicate",
+           "near_duplicate"]
 STRANGE = ["ferrous", "quartz", "gravel", "velvet", "timber"]
 
 
