@@ -4,17 +4,21 @@
     python data.py --data mine.jsonl more.csv --json  # your own, in any of the formats of recipes.py; for programs
     python data.py --show 3                           # three recipes as the model sees them, target tokens coloured
 
-Follow one recipe: recipes.py reads and cleans it, `prepare` tokenises it once into a mapped file, `plan` says which
-batch of which step it is in, `collate` pads or packs that batch, `feed` has it on the device before it is needed.
+Follow one recipe: recipes.py reads and cleans it, `tokenise` writes its tokens into a mapped file once, `plan` says
+which batch of which step it is in, `collate` pads or packs that batch, `feed` has it on the device before it is needed.
 """
 import bisect
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
+import time
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -61,11 +65,13 @@ def cache_folder(cfg):
 
 # --- tokens ---
 
+NEVER, PROMPT = 1 << 31, 1 << 30  # bits of a stored token that is never a target, or not with --mask_prompt
+
 class Text:
     """The tokenizer of a model folder, with the special tokens that training and sampling need."""
 
     def __init__(self, folder):
-        self.path = Path(folder) / "tokenizer.json"
+        self.folder, self.path = Path(folder), Path(folder) / "tokenizer.json"
         try:
             self.tokenizer = Tokenizer.from_file(str(self.path))
         except Exception as e:  # noqa: BLE001 (the library raises plain Exception)
@@ -73,15 +79,16 @@ class Text:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # "<|im_end|>" inside somebody's recipe is text, not the end token
-        files = [Path(folder) / f"{name}.json" for name in ("tokenizer_config", "config", "generation_config")]
+        files = [self.folder / f"{name}.json" for name in ("tokenizer_config", "config", "generation_config")]
         try:
             tokens, config, generation = (dict(json.loads(f.read_bytes())) if f.exists() else {} for f in files)
         except (OSError, ValueError, TypeError) as e:
             raise UserError(f"a file among {', '.join(map(str, files))} cannot be read ({e}).") from None
-        named = [c["eos_token_id"] for c in (config, generation) if c.get("eos_token_id") is not None]
-        ends = np.hstack(named or [[]]).astype(int).tolist()  # a number, or a list of them
-        eos = tokens.get("eos_token")
-        eos = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None
+        self.named = {k: t["content"] if isinstance(t, dict) else t for k, t in tokens.items() if k.endswith("_token")}
+        self.source = tokens.get("chat_template")
+        eos = self.tokenizer.token_to_id(self.named["eos_token"]) if self.named.get("eos_token") else None
+        ends = [c["eos_token_id"] for c in (config, generation) if c.get("eos_token_id") is not None]
+        ends = np.hstack(ends or [[]]).astype(int).tolist()  # a number, or a list of them
         if eos is None and not ends:
             raise UserError(f"{folder} names no end token (eos_token_id in config.json, or the tokenizer's).")
         self.end = ends[0] if eos is None else eos  # what every recipe ends with
@@ -101,40 +108,124 @@ class Text:
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-ROW = np.dtype([("start", "u8"), ("length", "u4"), ("prompt", "u4"), ("key", "u8")])
+    def pieces(self, recipe):
+        """[(text or token ids, NEVER, PROMPT or 0)]: a recipe's parts, which are encoded apart."""
+        prompt, completion = recipe.text()
+        return self.chat(recipe.messages) if recipe.messages else \
+            [(self.bos, NEVER), (prompt, PROMPT), (completion, 0), ([self.end], 0)]
 
-def cache_key(files, cfg, rules, text):
+    @cached_property
+    def template(self):
+        """The model's chat template, in jinja2's sandbox (it is somebody else's code), and a tokenizer for its text."""
+        import jinja2.sandbox
+
+        def refuse(message):
+            raise jinja2.TemplateError(message)
+
+        file, source = self.folder / "chat_template.jinja", self.source
+        source = file.read_text(encoding="utf-8") if file.exists() else source
+        source = {t["name"]: t["template"] for t in source}.get("default") if isinstance(source, list) else source
+        if not source:
+            raise UserError(f"{self.folder} has no chat template, and a chat needs one: name a model that has.")
+        box = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                           extensions=["jinja2.ext.loopcontrols"])
+        box.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+        return box.from_string(source), Tokenizer.from_file(str(self.path))
+
+    def chat(self, messages, ask=False):
+        """pieces() of a chat, or of a question with `ask`: the assistant's turns and their end tokens are targets. The
+        template sees marks in place of the contents, so that "<|im_end|>" in one stays text. BadRow: it refuses."""
+        template, tokenizer = self.template
+        marks = [{**m, "content": f"\ue000{n}\ue001"} for n, m in enumerate(messages)]
+        try:
+            text = template.render(messages=marks, add_generation_prompt=ask, **self.named)
+        except Exception as e:  # noqa: BLE001 (a template may fail in any way)
+            raise recipes.BadRow(f"the chat template refuses it: {e}") from None
+        first, *rest = re.split("\ue000(\\d+)\ue001", text)
+        if rest[::2] != [str(n) for n in range(len(messages))]:
+            raise recipes.BadRow("the chat template leaves out a turn")
+        first = tokenizer.encode(first, add_special_tokens=False).ids
+        out = [(first if first[:1] == self.bos[:1] else self.bos + first, NEVER)]
+        for m, after in zip(messages, rest[1::2]):
+            ids, ours = tokenizer.encode(after, add_special_tokens=False).ids, m["role"] == "assistant"
+            end = next((n for n, token in enumerate(ids, 1) if token in self.ends), 0) if ours else 0
+            out += [(m["content"].strip(), 0 if ours else NEVER), (ids[:end] or [self.end] * ours, 0),
+                    (ids[end:], NEVER)]
+        return out
+
+    def tokens(self, rows):
+        """The marked ids of each list of pieces, as one array a list."""
+        ids = iter(self.encode([part for row in rows for part, _ in row if isinstance(part, str)]))
+        rows = [[(next(ids) if isinstance(part, str) else part, mark) for part, mark in row] for row in rows]
+        return [np.array([t for part, mark in row for t in ([t | mark for t in part] if mark else part)], dtype="<u4")
+                for row in rows]
+
+ROW = np.dtype([("start", "u8"), ("length", "u4"), ("key", "u8")])
+
+def cache_key(files, held, cfg, rules, text):
     """Changes with the sources, the rules, the tokenizer and the code that makes the tokens."""
-    here = Path(__file__).parent
-    what = [[(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in files], cfg.clean and asdict(rules),
-            cfg.allow_bad, text.bos, text.end]
+    here, jinja = Path(__file__).parent, text.folder / "chat_template.jinja"
+    what = [[(str(f), (s := os.stat(f)).st_size, s.st_mtime_ns) for f in [*files, *held]], len(files), cfg.allow_bad,
+            cfg.clean and asdict(rules), text.bos, text.end, text.source, jinja.exists() and jinja.read_text()]
     what += [hashlib.sha256(p.read_bytes()).hexdigest() for p in (text.path, here / "recipes.py", here / "data.py")]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
-def tokenise(files, cfg, rules, text):
-    """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin and account.json, reused where it can be."""
-    done = cache_folder(cfg) / "tokens" / cache_key(files, cfg, rules, text)
+def ahead(work, items, n):
+    """work(item) of each item, in order, made in a thread up to n items ahead of need."""
+    with ThreadPoolExecutor(1) as pool:
+        ready = deque()
+        for item in items:
+            ready.append(pool.submit(work, item))
+            if len(ready) > n:
+                yield ready.popleft().result()
+        yield from (ready.popleft().result() for _ in range(len(ready)))
+
+def ticked(items, what):
+    """The items, and progress."""
+    bar = cli.Progress(None, what)
+    for item in items:
+        yield item
+        bar.step()
+    bar.close()
+
+def cleaned(files, cfg, rules, account, held=()):
+    """Two passes over the source: one counts the ingredients, one cleans. On all cores, where the heap is large."""
+    common = recipes.common(files, rules, cfg.allow_bad)
+    judged = recipes.read(files, account, cfg.allow_bad, partial(recipes.judge, recipes.Heap(rules, common)))
+    known = recipes.read(held, recipes.Account(), 1.0) if held else ()
+    return recipes.clean(judged, rules, account, common, known)
+
+def tokenise(files, cfg, rules, text, held=()):
+    """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin and account.json, reused where it can be. What
+    is like a recipe of the held-out files is dropped."""
+    done = cache_folder(cfg) / "tokens" / cache_key(files, held, cfg, rules, text)
     if done.exists():
         return done
     part = done.with_name(f"{done.name}.{os.getpid()}.part")  # renamed when whole: a killed preparation starts clean
     part.mkdir(parents=True, exist_ok=True)
+    account, start = recipes.Account(), 0
+    heap = cleaned(files, cfg, rules, account, held) if cfg.clean else recipes.read(files, account, cfg.allow_bad)
+
+    def pieces():  # (key, pieces) of each recipe; a chat that the template refuses is a bad row
+        for r in ticked(heap, "tokenise"):
+            try:
+                yield recipes.key(r), text.pieces(r)
+            except recipes.BadRow as why:
+                account.read, account.kept, account.bad = account.read - 1, account.kept - 1, account.bad + 1
+                account.bad_examples += [f"{r.completion[:40]!r}: {why}"] * (account.bad <= 3)
+
+    def encoded(chunk):
+        keys, rows = zip(*chunk)
+        return keys, text.tokens(rows)
+
     try:
-        account, start = recipes.Account(), 0
-        heap = recipes.read(files, account, cfg.allow_bad)
-        if cfg.clean:
-            heap = recipes.clean(heap, rules, account)
-        bar = cli.Progress(None, "tokenise")
+        each = pieces()
+        chunks = iter(lambda: list(itertools.islice(each, 2048)), [])
         with open(part / "tokens.bin", "wb") as out, open(part / "rows.bin", "wb") as rows:
-            while chunk := [r for _, r in zip(range(2048), heap)]:
-                texts = [r.text() for r in chunk]
-                for r, p, c in zip(chunk, *(text.encode(list(half)) for half in zip(*texts))):
-                    ids = [*text.bos, *p, *c, text.end]
-                    out.write(np.array(ids, dtype="<u4").tobytes())
-                    row = start, len(ids), len(text.bos) + len(p), recipes.key(r)
-                    rows.write(np.array(row, dtype=ROW).tobytes())
-                    start += len(ids)
-                bar.step(len(chunk))
-        bar.close()
+            for key, ids in (pair for chunk in ahead(encoded, chunks, 2) for pair in zip(*chunk)):
+                out.write(ids.tobytes())
+                rows.write(np.array((start, len(ids), key), dtype=ROW).tobytes())
+                start += len(ids)
         (part / "account.json").write_text(json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8")
         try:
             part.rename(done)
@@ -154,9 +245,15 @@ class Heap:
         self.rows = np.fromfile(folder / "rows.bin", dtype=ROW)
         self.account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
 
+    def recipe(self, i, mask_prompt=False):
+        """(ids, those of their indices that are targets). Without BOS nothing predicts the first token."""
+        start, length, _ = self.rows[i].tolist()
+        marked = self.tokens[start:start + length]
+        at = np.flatnonzero(marked < (PROMPT if mask_prompt else NEVER))
+        return (marked & (PROMPT - 1)).astype(np.int64), at[at > 0]
+
     def ids(self, i):
-        start, length = int(self.rows["start"][i]), int(self.rows["length"][i])
-        return self.tokens[start:start + length].astype(np.int64)
+        return self.recipe(i)[0]
 
     def lengths(self, which):
         return self.rows["length"][which].astype(np.int64)
@@ -164,6 +261,7 @@ class Heap:
     def drop_long(self, max_len, text):
         """Count and forget what is longer than max_len: the last rule, since it needs the tokens."""
         a, took, long = self.account, self.account["dropped"], np.flatnonzero(self.rows["length"] > max_len)
+        self.every = self.rows["length"]
         took["max_len"], a["kept"] = len(long), len(self.rows) - len(long)
         starts = [text.decode(self.ids(i)[:20]).strip().split("\n")[0] for i in long[:3]]
         a["examples"]["max_len"] = [f"{s}: {n} tokens" for s, n in zip(starts, self.rows["length"][long])]
@@ -181,22 +279,23 @@ def prepare(cfg, rules, folder):
     if cfg.max_len > text.window:
         raise UserError(f"--max_len {cfg.max_len} is beyond the {text.window} positions of this model.")
 
-    def load(names, flag):
+    def load(names, flag, held=()):
         files = [Path(f).resolve() for f in names] or [convert.default_recipes(cache_folder(cfg))]
         if missing := [f for f in files if not f.is_file()]:
             raise UserError(f"{flag}: {missing[0]} is no file.")
-        heap = Heap(tokenise(files, cfg, rules, text))
+        heap = Heap(tokenise(files, cfg, rules, text, held))
         heap.drop_long(cfg.max_len, text)
         if 0 < (most := cfg.budget or cfg.batch_tokens) < (longest := heap.rows["length"].max()):
             raise UserError(f"--batch_tokens {most}: the longest recipe has {longest} tokens; raise it.")
         return heap
 
-    heap = held = load(cfg.data, "--data")
     if cfg.val_data:
         held = load(cfg.val_data, "--val_data")
         held.val = np.random.default_rng(cfg.seed).permutation(len(held.rows))[:cfg.val_recipes]
+        heap = load(cfg.data, "--data", [Path(f).resolve() for f in cfg.val_data])
         heap.train = np.flatnonzero(~np.isin(heap.rows["key"], held.rows["key"]))
     else:
+        heap = held = load(cfg.data, "--data")
         out = recipes.held_out(heap.rows["key"], cfg.val_recipes, cfg.seed)
         heap.train, held.val = np.flatnonzero(~out), np.flatnonzero(out)
     if not len(heap.train) or not len(held.val):
@@ -259,25 +358,19 @@ def padding(lengths, cfg):
 # of a packed row, or None; real: inputs that are no padding; rows: which recipes
 Batch = namedtuple("Batch", "ids where targets cu_seqlens real rows")
 
-def first_target(heap, i, mask_prompt, bos):
-    """Index in the recipe of its first target token. BOS is never one; without it nothing predicts the first token."""
-    return max(1, int(heap.rows["prompt"][i]) if mask_prompt else len(bos))
-
-def collate(heap, rows, mask_prompt, bos, budget=0):
+def collate(heap, rows, mask_prompt, budget=0):
     """Recipes as one Batch on the CPU, a row each and padded; with a budget end to end in one row that long. Padding is
     told by length: a model may pad with its end token."""
     import torch
-    tokens = [heap.ids(i) for i in rows]
-    needs, longest = [len(t) - 1 for t in tokens], int(heap.rows["length"].max())
+    taken, longest = [heap.recipe(i, mask_prompt) for i in rows], int(heap.rows["length"].max())
+    needs = [len(ids) - 1 for ids, _ in taken]
     T = budget or max(needs)
     begins = np.cumsum([0, *(needs if budget else [T] * len(rows))])
-    ids, where, targets = np.zeros(budget or begins[-1], dtype=np.int64), [], []
-    for i, t, begin, need in zip(rows, tokens, begins, needs):
-        ids[begin:begin + need] = t[:-1]
-        first = first_target(heap, i, mask_prompt, bos)
-        where.append(np.arange(begin + first - 1, begin + need))
-        targets.append(t[first:])
-    where, targets = np.concatenate(where), np.concatenate(targets)
+    ids = np.zeros(budget or begins[-1], dtype=np.int64)
+    for (t, _), begin in zip(taken, begins):
+        ids[begin:begin + len(t) - 1] = t[:-1]
+    where = np.concatenate([begin + at - 1 for (_, at), begin in zip(taken, begins)])
+    targets = np.concatenate([t[at] for t, at in taken])
     if not len(targets):
         raise UserError(f"a batch has no target token: recipe(s) {[int(i) for i in rows]} of the heap are all prompt.")
     # as many entries in every batch; the free tail is cut into documents no longer than a recipe
@@ -286,23 +379,14 @@ def collate(heap, rows, mask_prompt, bos, budget=0):
     ids, where, targets, cu = map(torch.from_numpy, (ids.reshape(-1, T), where, targets, cu))
     return Batch(ids, where, targets, cu if budget else None, sum(needs), rows)
 
-def feed(heap, steps, device, mask_prompt, bos, budget=0, ahead=4):
+def feed(heap, steps, device, mask_prompt, budget=0, n=4):
     """The Batches of each step, a list a step, on the device and in order. A thread collates, pins and copies them
-    `ahead` of need, so the GPU never waits for one."""
+    ahead of need, so the GPU never waits for one."""
     def send(x):  # a tensor; the others stay
         x = x.pin_memory() if device.type == "cuda" and hasattr(x, "pin_memory") else x
         return x.to(device, non_blocking=True) if hasattr(x, "to") else x
 
-    def make(step):
-        return [Batch(*map(send, collate(heap, rows, mask_prompt, bos, budget))) for rows in step]
-
-    with ThreadPoolExecutor(1) as pool:
-        ready = deque()
-        for step in steps:
-            ready.append(pool.submit(make, step))
-            if len(ready) > ahead:
-                yield ready.popleft().result()
-        yield from (ready.popleft().result() for _ in range(len(ready)))
+    return ahead(lambda step: [Batch(*map(send, collate(heap, rows, mask_prompt, budget))) for rows in step], steps, n)
 
 
 # --- python data.py ---
@@ -317,7 +401,7 @@ def full_account(heap, held, cfg):
     """Everything that data.py prints, as one dict."""
     lengths = heap.lengths(slice(None))
     kinds = ("random", "sorted", "packed")[:3 if lengths.max() <= (cfg.batch_tokens or 4096) else 2]
-    shares = [padding(heap.lengths(heap.train), Data(**{**asdict(cfg), "batching": kind})) for kind in kinds]
+    shares = [padding(heap.lengths(heap.train), replace(cfg, batching=kind)) for kind in kinds]
     spread = {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)}
     return {**heap.account, "held_out": len(held.val), "tokens": int(lengths.sum()), "lengths": spread,
             "padding": dict(zip(kinds, shares)), "batch_size": cfg.batch_size, "batch_tokens": cfg.batch_tokens}
@@ -337,9 +421,35 @@ def print_account(a):
 def show(heap, text, cfg, n):
     """Print recipes as the model sees them: green what it is trained to write, grey what it only reads."""
     for i in np.random.default_rng(cfg.seed).permutation(heap.train)[:n]:
-        ids, first = heap.ids(i), first_target(heap, i, cfg.mask_prompt, text.bos)
-        raw = [text.tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in (ids[:first], ids[first:])]
-        print(f"\033[90m{raw[0]}\033[0m\033[32m{raw[1]}\033[0m\n")
+        ids, at = heap.recipe(i, cfg.mask_prompt)
+        green = np.isin(np.arange(len(ids)), at)
+        for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(green)) + 1):
+            said = text.tokenizer.decode(ids[run].tolist(), skip_special_tokens=False)
+            print(f"\033[{32 if green[run[0]] else 90}m{said}\033[0m", end="")
+        print("\n")
+
+def draw(heap, cfg, shares, path):
+    """padding.png: the first recipes as random, sorted and packed batches, padding in red; and the lengths."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(11, 8), layout="constrained")
+    *axes, last = fig.subplots(2, 2).flat
+    lengths = heap.lengths(heap.train[:192])
+    for ax, (kind, share) in zip(axes, shares.items()):
+        c, picture = replace(cfg, batching=kind), []
+        for batch in (b for step in plan(lengths, c, 0) for b in step):
+            for row in [batch] if c.budget else batch[:, None]:
+                cells, width = np.repeat(1 + np.arange(len(row)) % 2, lengths[row]), c.budget or lengths[batch].max()
+                picture.append(np.pad(cells[:width], (0, max(0, width - len(cells))), constant_values=3))
+        most = max(map(len, picture))
+        ax.imshow([np.pad(row, (0, most - len(row))) for row in picture], aspect="auto", interpolation="nearest",
+                  vmin=0, vmax=3, cmap=ListedColormap(["white", "tab:blue", "lightskyblue", "tab:red"]))
+        ax.set(title=f"{kind}: {share:.2%} padding", xlabel="tokens", ylabel="rows")
+    last.hist(heap.every.clip(max=2 * cfg.max_len), bins=100, color="tab:blue")
+    last.axvline(cfg.max_len, color="tab:red", label=f"max_len: {heap.account['dropped']['max_len']} dropped")
+    last.set(title="lengths", xlabel="tokens", ylabel="recipes")
+    last.legend()
+    fig.savefig(path, dpi=120)
 
 def main():
     cfg, rules, what = cli.parse(__doc__, Data, recipes.Rules, Show)
@@ -347,13 +457,15 @@ def main():
     cli.bound(what, show=(0, float("inf")))
     if what.to:
         files, account = cfg.data or [convert.default_recipes(cache_folder(cfg))], recipes.Account()
-        recipes.save(recipes.clean(recipes.read(files, account, cfg.allow_bad), rules, account), Path(what.to))
+        recipes.save(cleaned(files, cfg, rules, account), Path(what.to))
         return print(f"{account.kept} of {account.read} recipes are in {what.to}")
     heap, held, text = prepare(cfg, rules, convert.resolve(cfg.model, cache_folder(cfg)))
     if what.show:
         return show(heap, text, cfg, what.show)
     account = full_account(heap, held, cfg)
     print(json.dumps(account, ensure_ascii=False)) if what.json else print_account(account)
+    draw(heap, cfg, account["padding"], "padding.png")
+    cli.say("picture", "padding.png")
 
 
 if __name__ == "__main__":

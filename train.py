@@ -198,12 +198,12 @@ def check_data(cfg, heap, text):
     sample = heap.train[:256]
     targets = 0
     for i in sample:
-        ids, first = heap.ids(i), data.first_target(heap, i, cfg.mask_prompt, text.bos)
-        if ids[-1] != text.end or first >= len(ids):
+        ids, at = heap.recipe(i, cfg.mask_prompt)
+        if not len(at) or ids[at[-1]] != text.end:
             raise UserError(f"recipe {i} does not end in the end token as a target: the model would not learn to stop.")
         if text.bos and (ids[0] != text.bos[0] or (ids[1:] == text.bos[0]).any()):
             raise UserError(f"recipe {i} does not begin with exactly one BOS token.")
-        targets += len(ids) - first
+        targets += len(at)
     share = targets / heap.lengths(sample).sum()
     say("check", f"end token {text.end} ends {len(sample)} of {len(sample)} rows, as a target")
     say("check", f"BOS: {'exactly one' if text.bos else 'this tokenizer has none'}")
@@ -261,7 +261,7 @@ def evaluate(model, held, cfg, text, device, autocast):
     order = (-lengths).argsort(kind="stable")
     model.eval()
     batches = [[held.val[rows]] for rows in data.cut(order, lengths, cfg)]
-    for batch, in data.feed(held, batches, device, cfg.mask_prompt, text.bos, cfg.budget):
+    for batch, in data.feed(held, batches, device, cfg.mask_prompt, cfg.budget):
         with autocast:
             with torch.set_grad_enabled(cfg.compile):  # then training's graph serves here, too: half the compiling
                 h = model(batch.ids, cu_seqlens=batch.cu_seqlens).detach()
@@ -318,8 +318,8 @@ def draw_curve(run):
 def about(cfg, rules, base, heap, held, text, model):
     """run.json: what this run is."""
     heaps = heap.rows.tobytes() + held.rows[held.val].tobytes()
-    bos, ends = len(text.bos), held.rows["prompt"]  # of a text without a prompt, the first tokens
-    starts = [held.ids(i)[:ends[i] if ends[i] > bos else bos + 8] for i in held.val]
+    bos, ends = len(text.bos), {i: held.recipe(i, mask_prompt=True)[1][0] for i in held.val}
+    starts = [held.ids(i)[:ends[i] if ends[i] > max(1, bos) else bos + 8] for i in held.val]  # no prompt: first tokens
     return {"config": dataclasses.asdict(cfg), "rules": dataclasses.asdict(rules), "base": str(base),
             "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heaps).hexdigest()[:16],
             "dtype": str(model.embed_tokens.weight.dtype), "arithmetic": str(model.dtype or torch.float32),
@@ -438,7 +438,7 @@ def main():
         steps = itertools.islice(steps_of_run(heap, cfg), facts["step"], total)
         bar = cli.Progress(total, "train")
         bar.step(facts["step"])
-        for step, batches in enumerate(data.feed(heap, steps, device, cfg.mask_prompt, text.bos, cfg.budget), first):
+        for step, batches in enumerate(data.feed(heap, steps, device, cfg.mask_prompt, cfg.budget), first):
             if stop.signal:
                 break
             began = time.time()

@@ -83,7 +83,7 @@ def tokens(tmp_path, rows, model, **changes):
 
 
 def targets(heap, text, row, mask):
-    return data.collate(heap, [row], mask, text.bos).targets.tolist()
+    return data.collate(heap, [row], mask).targets.tolist()
 
 
 # ---- which tokens are targets ---------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def targets(heap, text, row, mask):
 )
 def test_targets_of_a_recipe(tmp_path, byte_models, bos, mask, expected):
     heap, text = tokens(tmp_path, [TEA], byte_models[bos])
-    batch, plain = data.collate(heap, [0], mask, text.bos), Plain(byte_models[bos])
+    batch, plain = data.collate(heap, [0], mask), Plain(byte_models[bos])
     assert plain.spell(batch.targets) == expected
     everything = "<s>" * bos + "Tea" + TEA_COMPLETION
     assert plain.spell(batch.ids[0]) == everything  # the inputs: all but the end token
@@ -153,7 +153,7 @@ def test_padding_is_told_by_length_not_by_id(tmp_path):
     rows = made_recipes(12)
     heap, text = tokens(tmp_path, rows, model)
     assert text.end == 0
-    batch = data.collate(heap, list(range(12)), False, text.bos)
+    batch = data.collate(heap, list(range(12)), False)
     lengths = [len(Plain(model).recipe(row, 0)) for row in rows]
     assert len(set(lengths)) > 5 and (batch.ids == 0).any()  # there is padding, and it looks like the end token
     assert (batch.targets == 0).sum() == 12
@@ -220,7 +220,7 @@ def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask)
     plain, rng = Plain(model), np.random.default_rng(3)
     for _ in range(20):
         which = rng.permutation(len(rows))[: rng.integers(1, 9)].tolist()
-        batch = data.collate(heap, which, mask, text.bos)
+        batch = data.collate(heap, which, mask)
         B, T = batch.ids.shape
         pairs, padded, real = [], 0, 0  # (row of the batch, position, next token)
         for b, i in enumerate(which):
@@ -244,7 +244,7 @@ def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask)
 def test_a_batch_without_any_target_is_an_error_that_names_its_recipes(tmp_path, tiny_model):
     heap, text = tokens(tmp_path, [TEA, {"text": ""}, {"text": ""}], tiny_model)
     with pytest.raises(UserError, match=r"no target token.*\[1, 2\]"):
-        data.collate(heap, [1, 2], False, text.bos)
+        data.collate(heap, [1, 2], False)
 
 
 # ---- the plan of an epoch -------------------------------------------------------------------------------------------
@@ -441,10 +441,10 @@ def test_a_packed_epoch_is_in_random_order():
 def test_collate_packed_against_a_slow_loop(tmp_path, bos_model, mask):
     heap, text = tokens(tmp_path, made_recipes(9), bos_model)
     which, budget = [4, 2, 7], 1024
-    batch = data.collate(heap, which, mask, text.bos, budget)
+    batch = data.collate(heap, which, mask, budget)
     ids, where, targets, ends = [], [], [], [0]
     for i in which:
-        t, prompt = heap.ids(i).tolist(), int(heap.rows["prompt"][i])
+        t, prompt = heap.ids(i).tolist(), 1 + len(text.encode([made_recipes(9)[i]["title"]])[0])
         for at in range(prompt if mask else 1, len(t)):
             where.append(len(ids) + at - 1)
             targets.append(t[at])
@@ -456,7 +456,7 @@ def test_collate_packed_against_a_slow_loop(tmp_path, bos_model, mask):
     cu, longest = batch.cu_seqlens.tolist(), int(heap.rows["length"].max())
     assert cu[:4] == ends and cu[-1] == budget and batch.cu_seqlens.dtype == torch.int32
     assert all(0 <= b - a <= longest for a, b in itertools.pairwise(cu))
-    assert len(data.collate(heap, [0], mask, text.bos, budget).cu_seqlens) == len(cu)
+    assert len(data.collate(heap, [0], mask, budget).cu_seqlens) == len(cu)
 
 
 # ---- tokens are made once -------------------------------------------------------------------------------------------
@@ -464,9 +464,14 @@ def test_collate_packed_against_a_slow_loop(tmp_path, bos_model, mask):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Counts the calls of recipes.read."""
+    """Counts the readings of the source, less the first pass of a cleaning."""
     calls, original = [], recipes.read
-    monkeypatch.setattr(recipes, "read", lambda *args: calls.append(args) or original(*args))
+
+    def counted(*args):
+        calls.extend([args] * (args[-1] is not recipes.names))
+        return original(*args)
+
+    monkeypatch.setattr(recipes, "read", counted)
     return calls
 
 
@@ -816,7 +821,7 @@ def fed(tmp_path, tiny_model):
     heap, text = tokens(tmp_path, made_recipes(30), tiny_model)
 
     def one_by_one(batches, **more):
-        steps = data.feed(heap, ([rows] for rows in batches), torch.device("cpu"), False, text.bos, **more)
+        steps = data.feed(heap, ([rows] for rows in batches), torch.device("cpu"), False, **more)
         yield from itertools.chain.from_iterable(steps)
 
     yield heap, one_by_one
@@ -826,10 +831,10 @@ def fed(tmp_path, tiny_model):
 def test_feed_gives_the_batches_in_order(fed):
     heap, feed = fed
     batches = [batch for step in data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0) for batch in step]
-    got = list(feed(batches, ahead=2))
+    got = list(feed(batches, n=2))
     assert len(got) == len(batches) == 8
     for one, rows in zip(got, batches):
-        other = data.collate(heap, rows, False, [])
+        other = data.collate(heap, rows, False)
         assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "where", "targets"))
         assert one.real == other.real and list(one.rows) == list(rows)
 
@@ -837,14 +842,14 @@ def test_feed_gives_the_batches_in_order(fed):
 def test_feed_gives_the_micro_batches_of_a_step_together(fed):
     heap, _ = fed
     steps = data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0, 3)
-    got = list(data.feed(heap, steps, torch.device("cpu"), False, []))
+    got = list(data.feed(heap, steps, torch.device("cpu"), False))
     assert [[list(b.rows) for b in step] for step in got] == [[list(rows) for rows in step] for step in steps]
 
 
 def test_feed_works_ahead_but_not_without_end(fed):
     _, feed = fed
     taken = []
-    batches = feed((taken.append(i) or [i % 30] for i in itertools.count()), ahead=3)
+    batches = feed((taken.append(i) or [i % 30] for i in itertools.count()), n=3)
     next(batches)
     deadline = time.time() + 10
     while len(taken) < 4 and time.time() < deadline:
@@ -871,7 +876,7 @@ def test_an_error_in_the_worker_reaches_the_consumer(fed, third, error):
 def test_closing_early_ends_the_thread(fed):
     """The fixture looks for threads that stayed."""
     _, feed = fed
-    batches = feed(([i % 30] for i in itertools.count()), ahead=1)
+    batches = feed(([i % 30] for i in itertools.count()), n=1)
     assert [int(batch.rows[0]) for batch in itertools.islice(batches, 3)] == [0, 1, 2]
     assert threading.active_count() > 1
     batches.close()

@@ -656,10 +656,10 @@ def recipe_losses(model, heap, text, batches, budget):
     """{recipe: mean loss of its targets} of batches, whatever their layout."""
     found = {}
     for rows in batches:
-        batch = data.collate(heap, rows, False, text.bos, budget)
+        batch = data.collate(heap, rows, False, budget)
         h = model(batch.ids, cu_seqlens=batch.cu_seqlens).flatten(0, 1)[batch.where]
         each = F.cross_entropy(F.linear(h, model.lm_head.weight), batch.targets, reduction="none")
-        counts = [int(heap.rows["length"][i]) - data.first_target(heap, i, False, text.bos) for i in rows]
+        counts = [len(heap.recipe(i)[1]) for i in rows]
         found |= {int(i): part.mean().item() for i, part in zip(rows, each.split(counts))}
     return found
 
@@ -681,7 +681,7 @@ def test_packed_sorted_and_alone_every_recipe_has_the_same_loss(heap, flash):
 @torch.no_grad()
 def test_a_neighbours_tokens_do_not_change_a_packed_recipe_at_all(heap):
     model, rows, text = heap
-    batch = data.collate(rows, [3, 5, 8], False, text.bos, 1024)
+    batch = data.collate(rows, [3, 5, 8], False, 1024)
     first, second = (int(rows.rows["length"][i]) - 1 for i in (3, 5))
     before = model(batch.ids, cu_seqlens=batch.cu_seqlens)
     batch.ids[0, :first] = (batch.ids[0, :first] + 7) % 256
