@@ -61,9 +61,9 @@ def parse(doc, *configs, argv=None, defaults=None):
 
 
 def bound(config, **bounds):
-    """Raise a UserError for a numeric flag outside its bounds: bound(cfg, lr=(0, 1)) wants 0 <= cfg.lr <= 1."""
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name)
+    """A UserError for a numeric flag outside its bounds: bound(cfg, lr=(0, 1), n=1) wants 0 <= lr <= 1, 1 <= n."""
+    for name, limits in bounds.items():
+        value, (low, high) = getattr(config, name), limits if isinstance(limits, tuple) else (limits, float("inf"))
         if not low <= value <= high:  # also false for nan
             most = "" if high == float("inf") else f" and at most {high}"
             raise UserError(f"--{name} {value} is out of range: it must be at least {low}{most}.")
@@ -91,8 +91,7 @@ def run(main):
     except OSError as e:
         if e.errno not in CANNOT_WRITE:
             raise
-        where = f" ({e.filename})" if e.filename else ""
-        code = 1
+        code, where = 1, f" ({e.filename})" if e.filename else ""
         message = f"error: cannot write{where}: {e.strerror}. Nothing is half-written; free space, or another folder."
     if message:
         print(message, file=sys.stderr)
@@ -123,6 +122,12 @@ class Progress:
             left = (self.last - self.began) / max(self.done, 1) * ((self.total or self.done) - self.done)
             of = f"/{self.total}  {text}  {left:.0f} s left" if self.total else f"  {text}"
             say(self.what, f"{self.done}{of}")
+
+    def over(self, items):
+        for item in items:
+            yield item
+            self.step()
+        self.close()
 
     def line(self, what, text=""):
         """A receipt that does not tear the bar."""

@@ -1,10 +1,12 @@
 """data.py: which tokens are targets, which batch a recipe is in, what is made once, what is held out."""
 
 import errno
+import gzip
 import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import made_recipes, make_model, program, write_jsonl
+from conftest import ROOT, made_recipes, make_model, program, write_jsonl
 
 import data
 import recipes
@@ -100,7 +102,7 @@ def targets(heap, text, row, mask):
     ids=["plain", "bos", "mask", "bos and mask"],
 )
 def test_targets_of_a_recipe(tmp_path, byte_models, bos, mask, expected):
-    heap, text = tokens(tmp_path, [TEA], byte_models[bos])
+    heap, _ = tokens(tmp_path, [TEA], byte_models[bos])
     batch, plain = data.collate(heap, [0], mask), Plain(byte_models[bos])
     assert plain.spell(batch.targets) == expected
     everything = "<s>" * bos + "Tea" + TEA_COMPLETION
@@ -216,7 +218,7 @@ def test_a_model_without_an_end_token_is_refused(tmp_path):
 def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask):
     model = bos_model if bos else tiny_model
     rows = [*made_recipes(20), {"text": "Just salt."}, {"prompt": "One", "completion": " two"}]
-    heap, text = tokens(tmp_path, rows, model)
+    heap, _ = tokens(tmp_path, rows, model)
     plain, rng = Plain(model), np.random.default_rng(3)
     for _ in range(20):
         which = rng.permutation(len(rows))[: rng.integers(1, 9)].tolist()
@@ -242,7 +244,7 @@ def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask)
 
 
 def test_a_batch_without_any_target_is_an_error_that_names_its_recipes(tmp_path, tiny_model):
-    heap, text = tokens(tmp_path, [TEA, {"text": ""}, {"text": ""}], tiny_model)
+    heap, _ = tokens(tmp_path, [TEA, {"text": ""}, {"text": ""}], tiny_model)
     with pytest.raises(UserError, match=r"no target token.*\[1, 2\]"):
         data.collate(heap, [1, 2], False)
 
@@ -818,7 +820,7 @@ def test_a_negative_show_is_refused(data_py, tiny_recipes):
 def fed(tmp_path, tiny_model):
     """(heap, feed): a feed of the heap's batches on the CPU, and afterwards no thread that was not there before."""
     before = set(threading.enumerate())
-    heap, text = tokens(tmp_path, made_recipes(30), tiny_model)
+    heap, _ = tokens(tmp_path, made_recipes(30), tiny_model)
 
     def one_by_one(batches, **more):
         steps = data.feed(heap, ([rows] for rows in batches), torch.device("cpu"), False, **more)
@@ -908,3 +910,169 @@ def test_a_rule_that_takes_more_than_half_says_so(tmp_path):
     done = program("data.py", "--data", write_jsonl(tmp_path / "a.jsonl", rows), "--val_recipes", 1)
     took, = (line for line in done.stdout.splitlines() if "too_short" in line)
     assert "4  too_short  more than half of all" in took and done.stdout.count("more than half") == 1
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+TRIMMED = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[{{ m.content | trim }}]\n{% else %}"
+           "{{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}")
+ONLY_PAIRS = ("{% if messages | length % 2 %}{{ raise_exception('turns come in pairs') }}{% endif %}" + CHATML)
+CHAT = [{"role": "user", "content": "What is in a pie?"},
+        {"role": "assistant", "content": "Apples </s> and\n<s>sugar."},
+        {"role": "user", "content": " More?"}, {"role": "assistant", "content": "No.\n"}]
+COOK = json.dumps({"messages": [{"role": "cook", "content": "x"}]}) + "\n"
+
+
+def chat_model(folder, template, **more):
+    model = make_model(folder, vocab=258, **more)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return model
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("template, said", [
+    (CHATML, [("<s>user\nWhat is in a pie?</s>\n<s>assistant\n", 0), ("Apples </s> and\n<s>sugar.</s>", 1),
+              ("\n<s>user\nMore?</s>\n<s>assistant\n", 0), ("No.</s>", 1), ("\n", 0)]),
+    (TRIMMED, [("<s>[What is in a pie?]\n", 0), ("Apples </s> and\n<s>sugar.</s>", 1), ("[More?]\n", 0),
+               ("No.</s>", 1)]),
+], ids=["chatml", "trimmed"])
+def test_targets_of_a_chat_are_the_assistants_turns_and_their_ends(tmp_path, template, said, bos):
+    model = chat_model(tmp_path / "model", template, bos=bos)
+    heap, _ = tokens(tmp_path, [{"messages": CHAT}], model)
+    ids, at = heap.recipe(0)
+    plain, target = Plain(model), set(at.tolist())
+    spelled, runs = "", itertools.groupby(range(len(ids)), key=lambda i: i in target)
+    assert [(plain.spell(ids[list(run)]), int(green)) for green, run in runs] == said
+    assert heap.recipe(0, mask_prompt=True)[1].tolist() == at.tolist()
+    spelled = plain.spell(ids)
+    controls = [i for i in ids.tolist() if i in (BOS, END)]
+    assert spelled.count("<s>") + spelled.count("</s>") == len(controls) + 2  # what the user wrote is text
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMED], ids=["chatml", "trimmed"])
+@pytest.mark.parametrize("ask", [False, True])
+def test_a_chat_has_the_ids_of_transformers(tmp_path, template, ask):
+    transformers = pytest.importorskip("transformers")
+    model = chat_model(tmp_path / "model", template)
+    chat = [{**m, "content": re.sub("</?s>", "", m["content"]).strip()} for m in CHAT[:3 if ask else 4]]
+    text = data.Text(model)
+    ids, = text.tokens([text.chat(chat, ask)])
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(model).apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=ask, return_dict=True)["input_ids"]
+    assert (ids & (data.PROMPT - 1)).tolist() == other
+
+
+def test_the_template_may_lie_beside_the_tokenizer_or_be_one_of_several(tmp_path):
+    wanted = data.Text(chat_model(tmp_path / "a", CHATML)).chat(CHAT)
+    several = [{"name": "tools", "template": TRIMMED}, {"name": "default", "template": CHATML}]
+    assert data.Text(chat_model(tmp_path / "b", several)).chat(CHAT) == wanted
+    model = chat_model(tmp_path / "c", TRIMMED)
+    (model / "chat_template.jinja").write_text(CHATML)
+    assert data.Text(model).chat(CHAT) == wanted
+
+
+@pytest.mark.parametrize("template, why", [
+    (ONLY_PAIRS, "turns come in pairs"), ("{{ messages[0].content }}", "leaves out a turn"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses it"), ("{{ messages[7].content.x }}", "refuses it"),
+    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "leaves out")])
+def test_a_chat_that_the_template_refuses_is_a_bad_row(tmp_path, template, why):
+    model = chat_model(tmp_path / "model", template)
+    heap, _ = tokens(tmp_path, [TEA, {"messages": CHAT[:3]}], model, allow_bad=0.5)
+    assert (heap.account["read"], heap.account["bad"], len(heap.rows)) == (1, 1, 1)
+    assert why in heap.account["bad_examples"][0]
+
+
+def test_a_model_without_a_template_cannot_chat(tmp_path, tiny_model):
+    with pytest.raises(UserError, match="no chat template"):
+        tokens(tmp_path, [{"messages": CHAT}], tiny_model)
+    assert not list((tmp_path / "cache/tokens").iterdir())
+
+
+def test_show_of_a_chat_has_the_assistant_in_green(tmp_path, data_py):
+    model = chat_model(tmp_path / "model", CHATML)
+    file = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2 + [{"messages": CHAT[:2]}] * 2)
+    out, _ = data_py("--data", file, "--show", 1, "--no-clean", "--val_recipes", 2, model=model)
+    green = re.findall(r"\x1b\[32m(.*?)\x1b\[0m", out, re.DOTALL)
+    assert green[0] == "Apples </s> and\n<s>sugar.</s>" and green[1:] in ([], ["No.</s>"])
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+LONG = {"title": "Rice", "ingredients": ["rice", "water", "salt"],
+        "directions": ["Wash the rice in cold water.", "Boil it in salt water for twenty minutes, then let it stand."]}
+
+
+def csv_text(*rows, ner='["rice"]', header="title,ingredients,directions,NER"):
+    def cell(x):
+        return '"' + (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)).replace('"', '""') + '"'
+
+    lines = [",".join(map(cell, (r["title"], r["ingredients"], r["directions"], ner))) for r in rows]
+    return "\n".join([header, *lines, ""])
+
+
+def numbered(n=9, **changes):
+    """n recipes that no rule drops and none of which is like another."""
+    words, out = ["oats", "plums", "figs", "leeks", "dates", "mint", "pears", "limes", "kale", "corn"], []
+    for i in range(n):
+        steps = [f"Stew the {words[i]} in water for {i}2 minutes, and {' '.join(words[:i])} with {words[i]} too.",
+                 f"Add {words[i]} and eat it all {i} days long, {' and '.join(words[i:])} beside it.",
+                 "Serve it hot with what is left over."]
+        out.append({**LONG, "ingredients": [f"{i + 1} {words[i]}", "water"], "directions": steps, **changes})
+    return out
+
+
+GOOD = "".join(json.dumps(r) + "\n" for r in numbered())
+BAD_INPUT = {  # case: file, content, flags, what stderr ends in or what is (read, bad, kept)
+    "broken JSON in a column": ("a.csv", csv_text(*numbered(), {**LONG, "ingredients": '["rice'}), (), (9, 1, 9)),
+    "missing columns": ("a.csv", "title,text\na,b\n", (), "lacks the columns ingredients, directions"),
+    "newlines and quotes": ("a.csv", csv_text(*numbered(title='A "good",\r\nold\npie')), (), (9, 0, 9)),
+    "a byte order mark": ("a.csv", "\ufeff" + csv_text(*numbered()), (), (9, 0, 9)),
+    "mixed line ends": ("a.jsonl", GOOD.replace("\n", "\r\n", 4), (), (9, 0, 9)),
+    "a field of 5 MB": ("a.csv", csv_text(*numbered(), {**LONG, "title": "x " * 2_500_000}), (), (10, 0, 9)),
+    "a lone surrogate": ("a.jsonl", GOOD + json.dumps({**LONG, "title": "\ud800"}) + "\n", (), (9, 1, 9)),
+    "U+2028 inside a string": ("a.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in numbered(
+        title="a\u2028b")), (), (9, 0, 9)),
+    "the same title again": ("a.jsonl", GOOD, (), (9, 0, 9)),
+    "an empty NER": ("a.csv", csv_text(*numbered(), ner=""), (), (9, 0, 9)),
+    "an empty list as NER": ("a.csv", csv_text(*numbered(), ner="[]"), (), (9, 0, 9)),
+    "gzip cut off": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-30], (), "cannot be read to its end"),
+    "an unknown role": ("a.jsonl", GOOD + COOK, (), (9, 1, 9)),
+    "nothing is left": ("a.jsonl", GOOD, ("--min_words", 500), "no recipe is left of 9 read: too_short took 9"),
+    "too many bad rows": ("a.jsonl", GOOD + "no\n" * 9, (), "9 of 18 rows"),
+    "nothing in it": ("a.jsonl", "", (), "There is no row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_a_sentence_or_counted_and_leaves_nothing_half_written(tmp_path, data_py, monkeypatch, case):
+    name, content, flags, wanted = BAD_INPUT[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    flags = ("--data", tmp_path / name, "--val_recipes", 2, "--allow_bad", 0.2, *flags)
+    if isinstance(wanted, str):
+        with pytest.raises(UserError, match=re.escape(wanted)):
+            data_py(*flags)
+    else:
+        a = json.loads(data_py(*flags, "--json").out)
+        assert (a["read"], a["bad"], a["kept"]) == wanted
+    assert not list(tmp_path.glob("cache/tokens/*.part"))
+
+
+@pytest.mark.parametrize("where", ["tokens", "clean.jsonl"])
+def test_a_disk_that_is_full_in_mid_work_leaves_nothing_half_written(tmp_path, tiny_model, where):
+    """A limit on the size of a file stands in for the disk."""
+    file = write_jsonl(tmp_path / "a.jsonl", made_recipes(400))
+    flags = ["--data", file, "--model", tiny_model, "--cache", tmp_path / "cache", "--max_similar", 2]
+    flags += ["--to", tmp_path / where] * (where != "tokens")
+    script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); " \
+        "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); " \
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script, ROOT / "data.py", *map(str, flags)], cwd=tmp_path, check=False,
+                          capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode in (1, 2) and "rror: " in said and "written" in said and "Traceback" not in done.stderr
+    assert not (tmp_path / where).exists() and not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.glob("cache/tokens/*"))

@@ -4,9 +4,13 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import os
 import re
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import recipenlg
 
+import recipes
 from cli import UserError, helps
 from recipes import (
     RULES,
@@ -29,9 +34,12 @@ from recipes import (
     held_out,
     judge,
     key,
+    names,
     read,
     repair,
+    save,
 )
+from recipes import name as name_of
 
 PUBLIC = Path(__file__).parents[2] / "shared/data/recipes_public.jsonl.gz"
 BREAD = Recipe(
@@ -576,10 +584,10 @@ def test_the_account_of_a_made_up_recipenlg_is_what_was_planted(tmp_path, rows):
     """The larger one is read by several processes, and its rare ingredients count."""
     path, account, rules = tmp_path / "full_dataset.csv", Account(), Rules(min_share=3e-5)
     planted = recipenlg(path, rows, rows, share=0.025)
-    names = common([path], rules, allow_bad=0.1)
-    kept = list(clean(read([path], account, 0.1, partial(judge, Heap(rules, names))), rules, account))
+    known = common(read([path], Account(), 0.1, names), rules)
+    kept = list(clean(read([path], account, 0.1, partial(judge, Heap(rules, known))), rules, account))
     if rows < 50_000:
-        assert names is None
+        assert known is None
         planted["kept"] += planted.pop("rare_ingredient")
     missed = planted["near_duplicate"] - account.dropped["near_duplicate"]
     assert min(planted.values()) > 100 and account.bad == planted.pop("bad")
@@ -719,3 +727,120 @@ def test_the_public_recipes_are_read_to_the_last_row():
     assert (account.read, account.bad) == (54_888, 0)
     assert account.read == account.kept + sum(account.dropped.values())
     assert account.kept > 50_000
+
+
+# ---- names, and what is rare ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item, wanted", [
+    ("2 cups (packed) Brown Sugar", "brown sugar"), ("1 lb. ripe tomatoes, peeled and diced", "ripe tomato"),
+    ("3 large eggs", "egg"), ("½ cup of blueberries", "blueberry"), ("1 (8 oz.) pkg. cream cheese", "cream cheese"),
+    ("2 peaches; sliced", "peach"), ("2 glasses water", "glasses water"), ("1 bunch asparagus", "asparagus"),
+    ("salt - to taste", "salt"), ("500 g rice [long", "rice"), ("cheese", "cheese"), ("2 cups", ""), ("", ""),
+    ("1/2 TSP. freshly grated NUTMEG", "nutmeg"), ("potatoes", "potato"), ("radishes", "radish"), ("1 cress", "cress")])
+def test_the_name_of_an_ingredient(item, wanted):
+    assert name_of(item) == wanted
+
+
+def test_names_come_from_the_ner_column_where_it_is():
+    assert names(Recipe("T", ["2 cups flour", "1 egg"], [], ["Eggs"])) == ["egg"]
+    assert names(Recipe("T", ["2 cups flour", "1"], [])) == ["flour"]
+
+
+def test_what_is_rare_is_a_share_of_the_heap_and_the_rule_is_off_below_50_000():
+    often, seldom = ["salt", "salt"], ["salt", "yak"]
+    heap = [often] * 49_998 + [seldom] * 2
+    assert common(heap, Rules(min_share=5e-5)) == {"salt"} and common(heap, Rules(min_share=4e-5)) == {"salt", "yak"}
+    assert common(heap[1:], Rules(min_share=0.5)) is None
+    account = Account()
+    made = [Recipe("T", [f"1 {x}", "2 salt"], ["Stir salt.", f"Eat {x}."]) for x in ("yak", "salt")]
+    assert list(clean(made, LOOSE, account, {"salt"})) == made[1:]
+    assert account.dropped["rare_ingredient"] == 1 and account.examples["rare_ingredient"] == ["T: 'yak'"]
+    assert list(clean(made, LOOSE, Account())) == made
+
+
+def test_what_is_like_a_held_out_recipe_is_dropped_and_that_one_is_not_counted():
+    words = [f"word{n}" for n in range(40)]
+    one = Recipe("A", ["1 egg", "2 eggs"], [" ".join(words), "Serve."])
+    like = Recipe("B", one.ingredients, [" ".join([*words[:39], "other"]), "Serve."])
+    other = Recipe("C", ["1 egg", "tea"], [" ".join(words[::-1]), "Eat."])
+    account, rules = Account(), Rules(min_words=0)
+    assert list(clean([like, other, one], rules, account, held=[one])) == [other]
+    assert account.dropped == dict.fromkeys(RULES, 0) | {"duplicate": 1, "near_duplicate": 1} and account.kept == 1
+
+
+# ---- a large heap, in several processes -----------------------------------------------------------------------------
+
+
+def stop_at_ten(recipe):
+    if recipe.title == "10":
+        os._exit(1)
+    return recipe
+
+
+@pytest.fixture
+def three_thousand(tmp_path):
+    rows = [ROW | {"title": str(n)} for n in range(3456)]
+    return put(tmp_path / "a.jsonl", jsonl(*rows[:7]) + "no\n" + jsonl(*rows[7:]))
+
+
+def test_several_processes_give_what_one_gives_in_its_order(three_thousand):
+    got = [row for rows in recipes._spread(None, [(three_thousand, ".jsonl")]) for row in rows]
+    assert [str(r) if isinstance(r, recipes.BadRow) else r for r in got[:9]] == [
+        str(r) if isinstance(r, recipes.BadRow) else r for r in list(itertools.chain(*recipes._parse(
+            None, [(three_thousand, ".jsonl")])))[:9]]
+    assert [r.title for r in got if isinstance(r, Recipe)] == [str(n) for n in range(3456)] and len(got) == 3457
+
+
+def test_a_process_that_is_killed_is_a_sentence(three_thousand):
+    with pytest.raises(UserError, match="was killed"):
+        list(recipes._spread(stop_at_ten, [(three_thousand, ".jsonl")]))
+
+
+def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(tmp_path, three_thousand):
+    path = put(tmp_path / "a.jsonl.gz", gzip.compress(three_thousand.read_bytes())[:-40])
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        list(recipes._spread(None, [(path, ".jsonl")]))
+
+
+def test_no_process_stays_when_the_main_one_is_killed(tmp_path, three_thousand):
+    three_thousand.write_bytes(three_thousand.read_bytes() * 40)
+    script = "import pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import recipes\n" \
+        "for rows in recipes._spread(None, [(pathlib.Path(sys.argv[2]), '.jsonl')]): print('on', flush=True); time.sleep(60)"
+    where = str(Path(recipes.__file__).parent)
+    main = subprocess.Popen([sys.executable, "-c", script, where, str(three_thousand)], stdout=subprocess.PIPE, text=True)
+    assert main.stdout.readline() == "on\n"
+    mine = Path(f"/proc/{main.pid}/task/{main.pid}/children")
+    if not mine.exists():
+        pytest.skip("no list of children without Linux's /proc")
+    children = mine.read_text().split()
+    assert len(children) >= 1
+    main.kill()
+    main.wait()
+    deadline = time.time() + 20
+    while any(Path(f"/proc/{c}/cmdline").exists() and Path(f"/proc/{c}/cmdline").read_bytes() for c in children):
+        assert time.time() < deadline, children
+        time.sleep(0.1)
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+TURN = {"role": "assistant", "content": "Yes."}
+
+
+def test_a_chat_is_a_row(tmp_path):
+    chat = [{"role": "user", "content": "Pie?", "name": "x"}, TURN]
+    (one,), account = heap(put(tmp_path / "a.jsonl", jsonl({"messages": chat, "prompt": "p"})))
+    assert one.messages == [{"role": "user", "content": "Pie?"}, TURN] and account.bad == 0
+    assert one.completion == "user: Pie?\n\nassistant: Yes."
+    save([one, TEA], tmp_path / "b.jsonl.gz")
+    assert heap(tmp_path / "b.jsonl.gz")[0] == [one, TEA]
+
+
+@pytest.mark.parametrize("messages, why", [
+    ([{"role": "cook", "content": "x"}, TURN], "unknown role 'cook'"), ([], "no turn of the assistant"),
+    ([{"role": "user", "content": "x"}], "no turn of the assistant"), ("x", "no list of objects"), (["x"], "no list"),
+    ([{"role": "user", "content": None}, TURN], "`content`"), ([{"content": "x"}, TURN], "`role` is missing")])
+def test_a_chat_that_is_none_is_a_bad_row(tmp_path, messages, why):
+    got, account = heap(put(tmp_path / "a.jsonl", jsonl({"messages": messages})))
+    assert got == [] and account.bad == 1 and why in account.bad_examples[0]

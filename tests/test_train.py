@@ -680,7 +680,7 @@ def test_packed_sorted_and_alone_every_recipe_has_the_same_loss(heap, flash):
 
 @torch.no_grad()
 def test_a_neighbours_tokens_do_not_change_a_packed_recipe_at_all(heap):
-    model, rows, text = heap
+    model, rows, _ = heap
     batch = data.collate(rows, [3, 5, 8], False, 1024)
     first, second = (int(rows.rows["length"][i]) - 1 for i in (3, 5))
     before = model(batch.ids, cu_seqlens=batch.cu_seqlens)
