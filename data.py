@@ -13,6 +13,7 @@ import json
 import re
 import tempfile
 import time
+from array import array
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -119,7 +120,8 @@ class Text:
     def tokens(self, rows):
         """The marked ids of each list of pieces, as one array a list."""
         ids = iter(self.encode([part for row in rows for part, _ in row if type(part) is str]))
-        return [np.concatenate([np.array(next(ids) if type(p) is str else p, "<u4") | m for p, m in r]) for r in rows]
+        rows = [[(next(ids) if type(part) is str else part, mark) for part, mark in row] for row in rows]
+        return [array("I", [t for ids, m in row for t in ([t | m for t in ids] if m else ids)]) for row in rows]
 
 def ahead(work, items, n):
     """work(item) of each item, in order, made in a thread up to n items ahead of need."""
@@ -162,7 +164,7 @@ def tokenise(files, cfg, rules, text, held=()):
         with open(part / "tokens.bin", "wb") as out, open(part / "rows.bin", "wb") as rows:
             for (key, _), ids in itertools.chain.from_iterable(made):
                 rows.write(np.array((out.tell() // 4, len(ids), key), dtype=ROW).tobytes())
-                out.write(ids.tobytes())
+                out.write(ids)
         (part / "account.json").write_text(json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was quicker, with the same
             part.rename(done)
@@ -184,7 +186,6 @@ class Heap:
         return self.recipe(i)[0]
     def lengths(self, which):
         return self.rows["length"][which].astype(np.int64)
-
 def load(names, flag, cfg, rules, text, held=()):
     """The Heap of some files, without what is longer than max_len: the last rule, since it needs the tokens."""
     files = [Path(f).resolve() for f in names] or [convert.default_recipes(cache_folder(cfg))]

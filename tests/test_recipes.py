@@ -556,11 +556,11 @@ def test_near_duplicates_of_the_first_recipes_are_still_found():
     """When the table is as full as it gets: copies, 0.8 the same, of the first 400 of 1,020."""
     rng, near = np.random.default_rng(4), Near()
     sets = [np.unique(rng.integers(0, 2**32, 90, dtype=np.uint32)) for _ in range(1020)]
-    assert not any(near.find(s, Near.banded(s), 0.8) for s in sets)
+    assert not any(near.find(s.tobytes(), Near.banded(s), 0.8) for s in sets)
     found = 0
     for s in sets[:400]:
         copy = np.concatenate([s[:len(s) - 10], rng.integers(0, 2**32, 10, dtype=np.uint32)])  # 80 of 100: J = 0.8
-        same = near.find(np.unique(copy), Near.banded(np.unique(copy)), 0.75)
+        same = near.find(np.unique(copy).tobytes(), Near.banded(np.unique(copy)), 0.75)
         found += same > 0
         assert same == 0 or 0.75 <= same <= 0.82
     assert found >= 0.93 * 400
@@ -806,9 +806,10 @@ def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(tmp_
 def test_no_process_stays_when_the_main_one_is_killed(tmp_path, three_thousand):
     three_thousand.write_bytes(three_thousand.read_bytes() * 40)
     script = "import pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import recipes\n" \
-        "for rows in recipes._spread(None, [(pathlib.Path(sys.argv[2]), '.jsonl')]): print('on', flush=True); time.sleep(60)"
-    where = str(Path(recipes.__file__).parent)
-    main = subprocess.Popen([sys.executable, "-c", script, where, str(three_thousand)], stdout=subprocess.PIPE, text=True)
+        "parts = recipes._spread(None, [(pathlib.Path(sys.argv[2]), '.jsonl')])\n" \
+        "for _ in parts: time.sleep(print('on', flush=True) or 9)"
+    call = [sys.executable, "-c", script, str(Path(recipes.__file__).parent), str(three_thousand)]
+    main = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
     assert main.stdout.readline() == "on\n"
     mine = Path(f"/proc/{main.pid}/task/{main.pid}/children")
     if not mine.exists():
