@@ -764,6 +764,7 @@ def data_py(tmp_path, tiny_model, monkeypatch, capsys):
 
     def call(*args, model=tiny_model):
         monkeypatch.setattr(data.convert, "resolve", lambda name, cache: Path(name))
+        monkeypatch.chdir(tmp_path)  # where padding.png goes
         flags = ["--model", model, "--cache", tmp_path / "cache", *args]
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])
         data.main()
@@ -785,6 +786,7 @@ def test_the_account_for_people(tmp_path, data_py, monkeypatch):
     messy(tmp_path / "messy.jsonl")
     monkeypatch.chdir(tmp_path)
     out, _ = data_py(*MESSY_FLAGS)
+    assert (tmp_path / "padding.png").read_bytes()[:4] == b"\x89PNG"
     for part in ("69 recipes, 3 bad rows", "messy.jsonl:70: ", "3  duplicate", "4  max_len", "60 recipes, 7 held out"):
         assert part in out
 
@@ -890,7 +892,7 @@ def test_the_cleaned_heap_is_written_for_other_programs_and_read_again(tmp_path,
     rows = [{"title": "Tea", "ingredients": ["water", "tea"], "directions": steps},
             {"text": "A text of its own. " * 8}, {"title": "Stub", "ingredients": ["salt"], "directions": []}]
     source = write_jsonl(tmp_path / "a.jsonl", rows)
-    done = program("data.py", "--data", source, "--to", tmp_path / name)
+    done = program("data.py", "--data", source, "--to", tmp_path / name, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == f"2 of 3 recipes are in {tmp_path / name}"
     first, second = ([(r.title, r.ingredients, r.directions, r.prompt, r.completion) for r in heap] for heap in (
         recipes.clean(recipes.read([source], recipes.Account()), recipes.Rules(), recipes.Account()),
@@ -907,7 +909,7 @@ def test_a_heap_that_cannot_be_written_is_said(tmp_path, place):
 
 def test_a_rule_that_takes_more_than_half_says_so(tmp_path):
     rows = [{"text": f"text {i} " * (30 if i < 2 else 2)} for i in range(6)]
-    done = program("data.py", "--data", write_jsonl(tmp_path / "a.jsonl", rows), "--val_recipes", 1)
+    done = program("data.py", "--data", write_jsonl(tmp_path / "a.jsonl", rows), "--val_recipes", 1, cwd=tmp_path)
     took, = (line for line in done.stdout.splitlines() if "too_short" in line)
     assert "4  too_short  more than half of all" in took and done.stdout.count("more than half") == 1
 
