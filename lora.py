@@ -29,7 +29,6 @@ from cli import UserError
 PARENT = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
           "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 
-
 class LoRA(nn.Module):
     """A frozen layer (`base`) with its A and B. Those are fp32 and cast where they are used: Adam's small steps would
     be lost in bf16's eight bits."""
@@ -42,14 +41,11 @@ class LoRA(nn.Module):
         self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator).to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
         self.train(base.training)  # a model in eval() stays so: no dropout
-
     def mm(self, x, *uB):
         """x · Wᵀ, and u · Bᵀ added, by the frozen layer itself if it can (quant.py)."""
         return self.base.mm(x, *uB) if self.joins or not uB else self.base.mm(x) + uB[0] @ uB[1].t()
-
     def mm_t(self, g, *duA):
         return self.base.mm_t(g, *duA) if self.joins or not duA else self.base.mm_t(g) + duA[0] @ duA[1]
-
 
 def cast(layers, params, dtype):
     """The adapters of a group in the dtype of the arithmetic: all A as one [R, in], and for each layer scale * B in its
@@ -61,7 +57,6 @@ def cast(layers, params, dtype):
         at += B.shape[1]
     return A, Bs
 
-
 def forward(x, xd, layers, *params):
     """-> ([x · Wᵀ + scale * xd · Aᵀ · Bᵀ of each layer], u = xd · Aᵀ)"""
     A, Bs = cast(layers, params, x.dtype)
@@ -70,12 +65,10 @@ def forward(x, xd, layers, *params):
         return bases[0].group_mm(bases, x, u, torch.cat(Bs)), u
     return [layer.mm(x, u, B) if isinstance(layer, LoRA) else layer.mm(x) for layer, B in zip(layers, Bs)], u
 
-
 def in_fp8(layers):
     """The group's frozen layers if they can be one product (--fp8)."""
     bases = [layer.base if isinstance(layer, LoRA) else layer for layer in layers]
     return bases if all(getattr(base, "fp8", False) for base in bases) else None
-
 
 class GroupMatmul(torch.autograd.Function):
     """All layers of a group on the input that they share. What is kept for backward: that input once, and u.
@@ -112,7 +105,6 @@ class GroupMatmul(torch.autograd.Function):
         dAs = dA.split([len(A) for A in params[0::2]])
         return dx, dxd, None, *(p for pair in zip(dAs, dBs) for p in pair)
 
-
 def project(x, layers):
     """Block.project of an adapted model: x [..., in] through layers that share it. -> [[..., out], …]"""
     adapted = [layer for layer in layers if isinstance(layer, LoRA)]
@@ -125,7 +117,6 @@ def project(x, layers):
     out = GroupMatmul.apply(*args) if torch.is_grad_enabled() else forward(*args)[0]
     out = [y if layer.bias is None else y + layer.bias.to(y.dtype) for layer, y in zip(layers, out)]
     return [y.view(*x.shape[:-1], -1) for y in out]
-
 
 def adapt(model, r, alpha, dropout=0.0, targets="all", rslora=False, seed=0):
     """Put an untrained LoRA around the target layers of every block and freeze everything else. -> the LoRA layers
@@ -145,18 +136,15 @@ def adapt(model, r, alpha, dropout=0.0, targets="all", rslora=False, seed=0):
         block.project = project
     return [m for m in model.modules() if isinstance(m, LoRA)]
 
-
 def peft_name(name):
     """layers.0.q_proj -> base_model.model.model.layers.0.self_attn.q_proj"""
     path, _, leaf = name.rpartition(".")
     return f"base_model.model.model.{path}.{PARENT[leaf]}.{leaf}"
 
-
 def parameters(model):
     """{PEFT's key: A or B}, in the order of the model."""
     return {f"{peft_name(name)}.lora_{leaf}.weight": getattr(layer, leaf)
             for name, layer in model.named_modules() if isinstance(layer, LoRA) for leaf in "AB"}
-
 
 def peft_config(base, r, alpha, dropout, targets, rslora):
     """adapter_config.json as peft reads it."""
@@ -164,7 +152,6 @@ def peft_config(base, r, alpha, dropout, targets, rslora):
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": r,
             "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": names, "use_rslora": rslora, "bias": "none",
             "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None}
-
 
 def read_config(folder):
     """adapter_config.json; a variant that this file does not compute is refused by name."""
@@ -189,13 +176,27 @@ def read_config(folder):
     return {"r": r, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0, "targets": names,
             "rslora": bool(config.get("use_rslora"))}
 
-
 def load(model, folder):
     """Adapt the model as the folder's adapter_config.json says and fill in its tensors."""
     layers = adapt(model, **read_config(folder))
     fill(model, read_tensors(folder))
     return layers
 
+def merging(folder, make_linear):
+    """(a make_linear for model.load that first adds the adapter, W + scale * B · A in fp32; its tensors not used yet).
+    NF4 of the sum, not a sum with NF4: what is finer than its steps would be rounded off."""
+    config, tensors = read_config(folder), read_tensors(folder)
+    scale = config["alpha"] / (math.sqrt(config["r"]) if config["rslora"] else config["r"])
+
+    def make(name, W):
+        if config["targets"] == "all" or name.rpartition(".")[2] in config["targets"].split(","):
+            try:
+                A, B = (tensors.pop(f"{peft_name(name)}.lora_{x}.weight").to(W.device, torch.float32) for x in "AB")
+                W = (W.float() + scale * B @ A).to(W.dtype)
+            except (KeyError, RuntimeError) as e:
+                raise UserError(f"the adapter in {folder} does not fit this base model's {name} ({e}).") from None
+        return make_linear(name, W)
+    return make, tensors
 
 def read_tensors(folder):
     path = Path(folder) / "adapter_model.safetensors"
@@ -203,7 +204,6 @@ def read_tensors(folder):
         return load_file(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path} cannot be read ({e}); an adapter has it beside its adapter_config.json.") from None
-
 
 def fill(model, tensors):
     """Copy {PEFT's key: tensor} into the model's adapter: each is used once, each A and B filled, or an error says."""

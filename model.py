@@ -42,9 +42,7 @@ class ModelConfig:
     attention_bias: bool
     mlp_bias: bool
 
-
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
 
 def read_config(folder):
     """ModelConfig of a Hugging Face folder. What this file cannot reproduce is refused by name."""
@@ -85,7 +83,6 @@ def read_config(folder):
         raise UserError(f"{path}: {heads} heads cannot be shared out over {cfg.num_key_value_heads} key/value heads.")
     return cfg
 
-
 # --- the parts of a block ---
 
 class RMSNorm(nn.Module):
@@ -96,7 +93,6 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         x32 = x.float()  # the mean of squares overflows fp16 and loses digits in bf16
         return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
-
 
 def rope_frequencies(cfg):
     """Angle per position of each of the D/2 pairs, [D/2] fp32. Llama 3.1 (`apply_scaling` in its code) slows the pairs
@@ -110,29 +106,28 @@ def rope_frequencies(cfg):
         return keep * freq + (1 - keep) * freq / s["factor"]
     return freq / s["factor"] if s["rope_type"] == "linear" else freq
 
-
 def rotate(x, cos, sin):
     """RoPE on x [B, h, T, D] with cos and sin [B or 1, 1, T, D/2]: the pairs are (i, i + D/2), as in Hugging Face's."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
 
 def takes_packed(device, dtype, flash, D):
     """Whether varlen attention does; elsewhere a packed row is masked, and what is masked is computed."""
     fits = flash and device.type == "cuda" and dtype.itemsize == 2 and D % 8 == 0 and D <= 256
     return fits and torch.cuda.get_device_capability() >= (8, 0)
 
-
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.12 on
-
 
 def attention(q, k, v, mask, flash, longest=None):
     """q [B, H, T, D], k and v [B, K, S, D]. -> [B, H, T, D]. mask: a bool [B, 1, T, S]; the cu_seqlens of a packed row
     (B = 1; none is longer than `longest`); or None: causal, and as padding is on the right no real token sees it."""
+    (B, H, T, D), K = q.shape, k.shape[1]
+    if T == 1 and K < H and mask is not None:  # one new token: the queries that share a key are rows of one product
+        return attention(q.view(B, K, H // K, D), k, v, mask, False).view(B, H, T, D)
     packed = mask is not None and mask.dim() == 1
     grouped = GROUPED if packed else flash and not (q.is_cuda and (mask is not None or q.dtype == torch.float32))
-    if not grouped:  # [k1, k2] -> [k1, k1, k2, k2], where the kernel would take the first only with equal heads
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if not grouped and K < H:  # [k1, k2] -> [k1, k1, k2, k2]: the kernel would take the first with equal heads only
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
     if packed:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H or K, D]
         return varlen_attn(q, k, v, mask, mask, longest, longest, window_size=(-1, 0), **GROUPED).transpose(0, 1)[None]
@@ -141,7 +136,6 @@ def attention(q, k, v, mask, flash, longest=None):
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, S]
     keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if mask is None else mask
     return scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v
-
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -180,6 +174,18 @@ class Block(nn.Module):
         gate, up = self.project(h, [self.gate_proj, self.up_proj])
         return x + self.project(F.silu(gate) * up, [self.down_proj])[0]
 
+class Cache:
+    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of
+    different lengths share a batch: what padding left in a row is overwritten before the row's mask reaches it."""
+    def __init__(self, cfg, B, S, device, dtype):
+        shape = B, cfg.num_key_value_heads, S, cfg.head_dim
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+
+    def put(self, k, v, pos):
+        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
+        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
+        self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        return (self.k, self.v) if k.shape[2] == 1 else (k, v)
 
 class Llama(nn.Module):
     def __init__(self, cfg, flash=True):
@@ -221,9 +227,7 @@ class Llama(nn.Module):
                 x = self.around(part, x, cos, sin, caches and caches[i], pos, mask)
         return self.norm(x)
 
-
 # --- the loss ---
-
 
 def loss_chunk(h, W, targets, scale):
     """(sum of the cross-entropies of h [rows, C], scale * their gradient by the logits [rows, V] in h's dtype). The
@@ -235,7 +239,6 @@ def loss_chunk(h, W, targets, scale):
     loss = (lse - z.gather(-1, targets.clamp(min=0)[:, None])).mul(keep).sum()
     right = torch.arange(W.shape[0], device=W.device) == targets[:, None]
     return loss, z.sub_(lse).exp_().sub_(right.float()).mul_(keep * scale).to(h.dtype)
-
 
 class ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies without the [N, V] logits: chunk by chunk, each with its gradient at once, then forgotten.
@@ -266,7 +269,6 @@ class ChunkedLoss(torch.autograd.Function):
         dh, dW = ctx.saved_tensors
         return dh if dh is None else dh * grad.to(dh.dtype), dW if dW is None else dW * grad, None, None, None
 
-
 def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk):
     """scale * sum of the cross-entropies. h [B, T, C] from the model, weight [V, C] of the head, where [N] = b * T + t
     of the positions that predict a target, targets [N] the ids; scale divides by the target tokens of a whole step."""
@@ -274,7 +276,6 @@ def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk)
     if fused:
         return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale, chunk)
     return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=-1, reduction="sum") * scale
-
 
 def logits(model, h):  # [..., C] -> [..., V]
     return F.linear(h, model.lm_head.weight.to(h.dtype))
@@ -286,12 +287,10 @@ def plain_linear(name, tensor):
     layer.weight = nn.Parameter(tensor)
     return layer
 
-
 def hf_name(name):
     """A parameter's name in a Hugging Face checkpoint: layers.0.q_proj -> model.layers.0.self_attn.q_proj."""
     name = re.sub(r"([qkvo]_proj)", r"self_attn.\1", re.sub(r"((?:gate|up|down)_proj)", r"mlp.\1", name))
     return name if name.startswith("lm_head") else f"model.{name}"
-
 
 def shards(folder):
     """The safetensors files of a folder, by its index if it has one."""
@@ -305,7 +304,6 @@ def shards(folder):
         if not f.exists():
             raise UserError(f"{folder} lacks {f.name}: fetch the missing file (only safetensors and .gguf are read).")
     return files
-
 
 def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True):
     """A Llama with the weights of a folder. Each tensor goes from its shard to the device and dtype (None: as stored),
@@ -337,7 +335,6 @@ def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True)
     if model.cfg.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model
-
 
 def place(model, name, tensor, make_linear):
     """Put one tensor where it belongs. A block's linear layer is replaced by make_linear's; its bias stays."""

@@ -53,14 +53,18 @@ class Frozen(nn.Module):
             self.scale = row_scale(self.full(torch.bfloat16))
         self.fp8 = True
 
+    def product(self, x):
+        return x @ self.full(x.dtype).t()
+
     def mm(self, x, u=None, B=None):
         """x [*, in] · Wᵀ; for a LoRA + u [N, r] · Bᵀ, B [out, r]. Sums over r alone would read and write all of y once
         more: where W is made anew for a product anyway, u rides in the last columns of x and B in those of W."""
         if self.fp8:
             return fp8_mm([self], x.flatten(0, -2), u, B)[0].view(*x.shape[:-1], -1)
-        if u is not None and self.compressed and torch.compiler.is_compiling() and self.shape[0] > self.shape[1]:
+        wide = self.compressed and torch.compiler.is_compiling() and self.shape[0] > self.shape[1]
+        if u is not None and wide and x.shape[0] > 64:
             return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
-        y = x @ self.full(x.dtype).t()
+        y = self.product(x)
         return y if u is None else add(y, u, B.t())
 
     def mm_t(self, g, du=None, A=None):
@@ -76,22 +80,18 @@ class Frozen(nn.Module):
         y = FrozenMatmul.apply(x, self) if torch.is_grad_enabled() else self.mm(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-
 def pad(t, dim):
     """Zeros up to a multiple of 128, the tile of a matmul: other widths cost a third of its speed."""
     return F.pad(t, (0, 0) * (1 - dim) + (0, -t.shape[dim] % 128))
-
 
 def add(y, u, B):
     """y + u · B, in y's place. The compiler makes the sum where it is used; in place, 2.11's loses every gradient."""
     return y + u @ B if torch.compiler.is_compiling() else y.addmm_(u, B)
 
-
 def row_scale(W):
     """e4m3's scale a row, [out, 1]. A row far below the others, zeros say, keeps room: a LoRA's B goes by the same."""
     scale = to_e4m3(W)[1]
     return frozen(scale.clamp(min=max(scale.max().item() / 64, 1e-6)))
-
 
 class FrozenMatmul(torch.autograd.Function):
     @staticmethod
@@ -103,10 +103,8 @@ class FrozenMatmul(torch.autograd.Function):
     def backward(ctx, grad):
         return ctx.layer.mm_t(grad), None
 
-
 def frozen(tensor):
     return nn.Parameter(tensor, requires_grad=False)  # codes and scales too: they shard, save and move like weights
-
 
 class Plain(Frozen):
     """W as it was stored, in the dtype it was loaded in; the product is made in x's dtype."""
@@ -119,6 +117,11 @@ class Plain(Frozen):
     def full(self, dtype, again=False):
         return self.weight.to(dtype)
 
+    def product(self, x):
+        if x.is_cuda and torch.compiler.is_compiling() and x.numel() == self.in_features:  # one row, when sampling:
+            y = (self.weight.to(x.dtype).float() * x.view(-1).float()).sum(-1)  # a better kernel than cuBLAS has
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return super().product(x)
 
 class FP8(Frozen):
     """W in e4m3; each row has a scale that takes its largest magnitude to e4m3's, 448, at most."""
@@ -133,7 +136,6 @@ class FP8(Frozen):
 
     def e4m3(self, again=False):
         return self.weight, self.scale
-
 
 class NF4(Frozen):
     """W in 4 bits with double quantisation: a block of 64 weights has an absmax; those, less their mean, are kept in 8
@@ -154,9 +156,13 @@ class NF4(Frozen):
         absmax = self.table[absmax.int()] * self.nested[block] + self.offset
         return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", self.shape, dtype)
 
+    def product(self, x):
+        if x.is_cuda and x.numel() <= 64 * self.in_features:  # few rows, when sampling: decoded as it is read
+            return torch.ops.bitsandbytes.gemm_4bit(x, self.weight, self.shape, self.nested, 64, "nf4", None,
+                                                    self.absmax, self.table, self.offset)
+        return super().product(x)
 
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
-
 
 def make_linear(kind):
     """The make_linear of model.load for --quant: (name, tensor) -> a frozen layer."""
@@ -167,7 +173,6 @@ def make_linear(kind):
         return KINDS[kind](tensor)
     return make
 
-
 def multiply_in_fp8(model, device):
     """--fp8: every frozen layer multiplies in e4m3 from here on."""
     if device.type == "mps" or device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -177,9 +182,7 @@ def multiply_in_fp8(model, device):
             raise UserError(f"--fp8: {name} is {layer.shape}, no multiple of the tiles of 16; drop --fp8.")
         layer.multiply_in_fp8()
 
-
 # --- fp8 products ---
-
 
 def to_e4m3(*parts):
     """Parts [N, K1], [N, K2], … side by side -> (codes e4m3 [N, K], scale fp32 [N, 1]), about codes * scale. A scale a
@@ -189,9 +192,7 @@ def to_e4m3(*parts):
     codes = [(p.float() / scale).to(torch.float8_e4m3fn) for p in parts]
     return codes[0] if len(codes) == 1 else torch.cat(codes, 1), scale
 
-
 SCALED_MM = {"cuda": True, "cpu": tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)}  # has row scales
-
 
 def scaled_mm(a, scale_a, b, scale_b, dtype):
     """(a [M, K] · b [N, K]ᵀ) * scale_a [M, 1] * scale_b [N, 1]ᵀ of e4m3 codes. -> [M, N]; sums in fp32"""
@@ -199,7 +200,6 @@ def scaled_mm(a, scale_a, b, scale_b, dtype):
         return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16,
                                 use_fast_accum=a.is_cuda).to(dtype)
     return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(dtype)
-
 
 def fp8_mm(layers, x, u=None, B=None):
     """[x [N, in] · Wᵀ + u [N, r] · Bᵀ of each layer], B [sum of out, r], as one product: u rides along as further
@@ -220,7 +220,6 @@ def fp8_mm(layers, x, u=None, B=None):
     parts = y.split([layer.out_features for layer in layers], 1)  # of the narrow ones (k, v) a copy: a view keeps all
     return [part.clone() if 4 * part.shape[1] < y.shape[1] else part for part in parts]
 
-
 def fp8_mm_t(layers, grads, du=None, A=None):
     """Sum of the layers' g [N, out] · W, + du [N, r] · A, as one product likewise. The rows of W are summed over here,
     so their scales go into g before its cast: the same codes serve both ways."""
@@ -236,12 +235,9 @@ def fp8_mm_t(layers, grads, du=None, A=None):
     dx = scaled_mm(g, scale_g, torch.cat(codes).t().contiguous(), one, grads[0].dtype)
     return add(dx, du, A) if apart else dx
 
-
 Frozen.group_mm, Frozen.group_mm_t = staticmethod(fp8_mm), staticmethod(fp8_mm_t)  # how lora.py finds them
 
-
 # --- bitsandbytes, only where a flag needs it ---
-
 
 @functools.cache
 def bitsandbytes(device):

@@ -27,7 +27,6 @@ import numpy as np
 from cli import UserError
 
 COLUMNS = ("title", "ingredients", "directions", "NER")  # of RecipeNLG's CSV: a list is JSON inside its cell
-
 @dataclass(slots=True)
 class Recipe:
     """A recipe as lists or, where `completion` is not None, any other text that people bring."""
@@ -47,7 +46,6 @@ class Recipe:
             return self.prompt, self.completion
         steps = (f"{n}. {step}" for n, step in enumerate(self.directions, 1))
         return self.title, "\n".join(["\n- ".join(["\n\nIngredients:", *self.ingredients]), "\nDirections:", *steps])
-
 @dataclass
 class Account:
     """What became of every row: read + bad are the rows of the source, read = kept + the sum of dropped."""
@@ -255,12 +253,15 @@ def names(recipe):
     """The names of its ingredients: from the NER column, where somebody has it."""
     return [found for item in recipe.ner or recipe.ingredients if (found := name(item))]
 ALL = re.compile(r"\b(?:ingredients|everything|all together|(?:mix|combine|stir|blend|beat|boil) (?:it |them )?all)\b")
+def mentioned(recipe):
+    """(how many of its ingredients the directions name, how many it has)"""
+    text, found = " ".join(recipe.directions).casefold(), names(recipe)
+    return sum(any(w[:max(3, len(w) - 2)] in text for w in n.split() if len(w) > 2) for n in found), len(found)
 def unused_ingredients(recipe, heap):
     """Directions that name almost none of the ingredients, nor all of them at once: the two do not belong together."""
-    text, found = " ".join(recipe.directions).casefold(), names(recipe)
-    named = sum(any(w[:max(3, len(w) - 2)] in text for w in n.split() if len(w) > 2) for n in found)
-    wrong = len(found) >= 4 and named < heap.rules.min_mentioned * len(found) and not ALL.search(text)
-    return wrong and f"{named} of {len(found)} ingredients in the directions"
+    named, n = mentioned(recipe)
+    wrong = n >= 4 and named < heap.rules.min_mentioned * n and not ALL.search(" ".join(recipe.directions).casefold())
+    return wrong and f"{named} of {n} ingredients in the directions"
 def common(found, rules):
     """Of all names() of a heap those that min_share of it have. None below 50,000: half the honest are rare there."""
     counts, total = Counter(), 0
@@ -279,7 +280,6 @@ def near_duplicate(judged, heap):
     """Such a recipe with other words here and there."""
     same = judged.sketch and heap.near.find(*judged.sketch, heap.rules.max_similar)
     return same and f"{same:.0%} the same as an earlier one"
-
 class Near:
     """What came before: keys, and sets of 3-word shingles. MinHash with banding (Broder 1997): of two that share 0.8
     (Jaccard) 98.5 % share one of 8 bands of 4 minima; who had it last is looked up, and compared from a file."""

@@ -5,15 +5,21 @@
     python sample.py --title "Omelette" --ingredients "eggs, butter"
     python sample.py --prompts titles.txt --json            # a prompt a line, or {"title": …} / {"prompt": …} objects
     python sample.py --model org/name --prompt "Once upon"  # no run: a base model as it is
+    python sample.py --eval 32                              # base and run side by side on held-out titles
 
-Follow one token: `generate` reads all prompts in one pass, then each step feeds the last token of every row to the
-model, which looks at the keys and values it cached before, and `pick` chooses the next one.
+Follow one token: `Writer.read` takes prompts into free rows in one pass, `Writer.step` feeds the last token of every
+row to the model, which looks at the keys and values it cached before, `pick` chooses the next, and `write` hands out
+what is finished and fills its row anew.
 """
 import hashlib
 import json
+import math
+import re
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter, deque
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +33,7 @@ import lora
 import model as models
 import plan
 import quant
+import recipes
 import state
 from cli import UserError, say
 
@@ -39,219 +46,315 @@ class Config:
     ingredients: str = ""              # what it is made of, with commas; needs --title
     prompt: str = ""                   # any text to go on from
     prompts: str = ""                  # a file: a prompt a line, or JSON objects with prompt, or title and ingredients
+    chat: bool = False                 # a prompt is a user's turn, put into the model's own chat template
     json: bool = False                 # one JSON object a text on stdout, in the order of the prompts
+    eval: int = 0                      # measure base and run on this many held-out titles
     num_samples: int = 1               # texts for each prompt
     temperature: float = 0.7           # 0: always the likeliest token
     top_k: int = 50                    # choose among the k likeliest; 0: all
     top_p: float = 1.0                 # choose among the likeliest that together have this probability
+    min_p: float = 0.0                 # choose among those at least this times as likely as the likeliest
+    repetition_penalty: float = 1.0    # above 1: what was there before becomes less likely (CTRL, Keskar et al. 2019)
     max_new_tokens: int = 400          # stop here if the model has not stopped by itself
     seed: int = 1                      # the same prompt and seed give the same text, whatever else is in the batch
-    batch_size: int = 16               # prompts read and written at a time
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # arithmetic
+    batch_size: int = 16               # texts that are written at a time
+    quant: Literal["none", "nf4", "fp8"] = "none"  # how the base's weights are kept: 4 or 8 bits -> quant.py
+    merge: bool = False                # add the adapter to the weights: fewer products a token
+    compile: bool = False              # torch.compile; a token is then one CUDA graph
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # arithmetic
     device: str = "auto"               # cuda, mps, cpu
     cache: str = ".cache"              # downloads and converted models; beside the code unless absolute
 
-
 def check(cfg):
-    big = float("inf")
-    cli.bound(cfg, num_samples=(1, 10**6), temperature=(0, 100), top_k=(0, big), top_p=(1e-6, 1),
-              max_new_tokens=(1, big), batch_size=(1, big), seed=(0, 2**63))
-    if sum(map(bool, (cfg.title, cfg.prompt, cfg.prompts))) > 1:
-        raise UserError("--title, --prompt and --prompts exclude each other.")
+    cli.bound(cfg, num_samples=(1, 10**6), temperature=(0, 100), top_k=0, top_p=(1e-6, 1), min_p=(0, 1), eval=0,
+              repetition_penalty=(0.01, 100), max_new_tokens=1, batch_size=1, seed=(0, 2**63))
+    if sum(map(bool, (cfg.title, cfg.prompt, cfg.prompts, cfg.eval))) > 1:
+        raise UserError("--title, --prompt, --prompts and --eval exclude each other.")
     if cfg.ingredients and not cfg.title:
         raise UserError("--ingredients needs --title: a recipe's text begins with its title.")
-
+    if cfg.chat and not (cfg.prompt or cfg.prompts):
+        raise UserError("--chat needs --prompt or --prompts: what the user says.")
 
 # --- choosing a token ---
-
-
-def noise_seed(seed, prompt, n):
+def noise_key(seed, prompt, n):
     """The noise of a text depends on (seed, prompt, number of the sample) alone: a batch around it changes nothing."""
-    return int.from_bytes(hashlib.sha256(json.dumps([seed, list(prompt), n]).encode()).digest()[:8], "little") >> 1
+    digest = hashlib.sha256(json.dumps([seed, list(prompt), n]).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+def noise(keys, pos, V):
+    """Gumbel noise [B, V] as a pure function of keys [B], pos [B] and the column: the numbers of splitmix64 (Steele et
+    al. 2014), which any device makes alike. The largest of logit + noise is a draw from the softmax."""
+    x = keys[:, None] + (pos[:, None] * V + torch.arange(V, device=keys.device)) * -0x61C8864680B583EB
+    for shift, factor in (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # >> of an int64 keeps its sign: the mask takes it off
+    u = ((x >> 41 & 2**23 - 1) + 0.5) / 2**23  # the best mixed 23 bits; with the half exact in fp32, so never 0 or 1
+    return -(-u.log()).log()
 
+def keep_likely(logits, top_k, top_p, min_p):
+    """logits [B, V] with all but the likeliest at -inf: the top_k; of those the fewest that together reach top_p; of
+    those what has min_p of the largest probability. What is exactly as likely as the last that stays, stays too."""
+    best = logits.topk(min(top_k or 2**31, logits.shape[-1])).values  # [B, k], falling
+    p = best.softmax(-1)
+    keep = (p.cumsum(-1) - p < (top_p if top_p < 1 else 2)) & (p >= min_p * p[:, :1])  # a sum may round to above 1
+    return logits.masked_fill(logits < best.gather(-1, keep.sum(-1, keepdim=True) - 1), float("-inf"))
 
-def keep_likely(logits, top_k, top_p):
-    """logits [B, V] with all but the likeliest set to -inf: the top_k, then the fewest that together reach top_p."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        drop = p.cumsum(-1) - p >= top_p  # what stands before it already reaches top_p; the first always stays
-        logits = logits.masked_fill(drop.scatter(-1, index, drop), float("-inf"))
-    return logits
-
-
-def pick(logits, temperature, top_k, top_p, generators):
-    """Next token of each row, [B], from logits [B, V]. The largest of p / e with e exponential is a draw from p."""
-    if temperature == 0:
+def pick(logits, cfg, keys, pos, seen):
+    """Next token of each row, [B], from logits [B, V]; seen [B, V]: what the row holds already."""
+    logits, V = logits.float(), logits.shape[-1]
+    if (r := cfg.repetition_penalty) != 1:
+        logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
+    if cfg.temperature == 0:
         return logits.argmax(-1)
-    p = keep_likely(logits.float() / temperature, top_k, top_p).softmax(-1)
-    e = torch.stack([torch.empty(p.shape[-1]).exponential_(generator=g) for g in generators])  # same on any device
-    return (p / e.to(p.device)).argmax(-1)
+    logits = logits / cfg.temperature
+    if 0 < cfg.top_k < V or cfg.top_p < 1 or cfg.min_p:
+        logits = keep_likely(logits, cfg.top_k, cfg.top_p, cfg.min_p)
+    return (logits + noise(keys, pos, V)).argmax(-1)
 
-
-class Cache:
-    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of
-    different lengths share a batch: what padding left in a row is overwritten before the row's mask reaches it."""
-
-    def __init__(self, cfg, B, S, device, dtype):
-        self.k, self.v = torch.zeros(2, B, cfg.num_key_value_heads, S, cfg.head_dim, device=device, dtype=dtype)
-
-    def put(self, k, v, pos):
-        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
-        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
-        self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
-        return (self.k, self.v) if k.shape[2] == 1 else (k, v)
-
+# --- writing ---
+class Writer:
+    """B texts at a time, in rows of S positions. Token, position, noise and cache of a row are in tensors that stay
+    where they are: a step has one shape and waits for nobody, so it can be one CUDA graph."""
+    @torch.no_grad()
+    def __init__(self, model, prompts, cfg):
+        V, window, longest = model.cfg.vocab_size, model.cfg.max_position_embeddings, max(map(len, prompts))
+        if longest >= window:
+            raise UserError(f"a prompt has {longest} tokens, the model's window {window}: shorten it.")
+        self.model, self.cfg, self.device = model, cfg, model.lm_head.weight.device
+        self.B, self.S = B, _ = min(cfg.batch_size, len(prompts)), min(window, longest + cfg.max_new_tokens)
+        self.token, self.pos, self.keys = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3))
+        self.seen = torch.zeros(B, V if cfg.repetition_penalty != 1 else 0, dtype=torch.bool, device=self.device)
+        self.rows, self.caches = torch.arange(B, device=self.device), self.new_caches(B, self.S)
+        if cfg.compile:
+            began = time.time()
+            for block in model.layers:
+                block.compile(dynamic=False)
+            self.choose = torch.compile(self.choose, dynamic=False)
+            self.step()
+            if self.device.type == "cuda":
+                self.step()  # once more: a first call may still have set something up
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+                    self.step()
+                self.step = graph.replay
+            say("compile", f"{time.time() - began:.1f} s, for {B} row(s) of {self.S} positions")
+    def new_caches(self, B, S):
+        dtype = self.model.dtype or self.model.embed_tokens.weight.dtype
+        return [models.Cache(self.model.cfg, B, S, self.device, dtype) for _ in self.model.layers]
+    @torch.compiler.set_stance("force_eager")  # each length would be a graph
+    def read(self, rows, prompts, numbers):
+        """Take a prompt (token ids) into each of these rows, in one pass, and choose the first token."""
+        n, T, tensor = len(rows), max(map(len, prompts)), partial(torch.tensor, device=self.device)
+        ids = tensor([p + [0] * (T - len(p)) for p in prompts])  # [n, T]; causal: none sees the padding
+        rows, ends, caches = tensor(rows), tensor([len(p) for p in prompts]), self.new_caches(n, T)
+        h = self.model(ids, torch.arange(T, device=self.device).expand(n, T), caches)
+        for mine, new in zip(self.caches, caches):
+            mine.k[rows, :, :T], mine.v[rows, :, :T] = new.k, new.v
+        self.pos[rows] = ends
+        self.keys[rows] = tensor([noise_key(self.cfg.seed, p, n) for p, n in zip(prompts, numbers)])
+        for row, p in zip(rows if self.seen.numel() else (), prompts):
+            self.seen[row] = False
+            self.seen[row, tensor(p)] = True
+        self.choose(h[torch.arange(n, device=self.device), ends - 1], rows)
+    def step(self):  # one more token for every row
+        h = self.model(self.token[:, None], self.pos[:, None], self.caches)[:, 0]
+        self.pos.add_(1).clamp_(max=self.S - 1)  # a row that nobody reads any more stays in its place
+        self.choose(h, self.rows)
+    def choose(self, h, rows):  # h [n, C]
+        logits = models.logits(self.model, h)
+        self.token[rows] = token = pick(logits, self.cfg, self.keys[rows], self.pos[rows], self.seen[rows])
+        if self.seen.numel():
+            self.seen[rows, token] = True
+    def keep(self, rows):  # go on with these only
+        self.token, self.pos, self.keys, self.seen = (x[rows] for x in (self.token, self.pos, self.keys, self.seen))
+        self.rows, self.B = self.rows[:len(rows)], len(rows)
+        for cache in self.caches:
+            cache.k, cache.v = cache.k[rows], cache.v[rows]
+    def send(self):
+        """A function that waits for the tokens chosen last, on their way to the host beside what runs next."""
+        if self.device.type != "cuda":
+            return self.token.tolist
+        host = torch.empty(self.B, dtype=torch.long, pin_memory=True).copy_(self.token, non_blocking=True)
+        event = torch.cuda.current_stream().record_event()
+        return lambda: event.synchronize() or host.tolist()
 
 @torch.no_grad()
-def generate(model, prompts, ends, max_new_tokens=Config.max_new_tokens, temperature=Config.temperature,
-             top_k=Config.top_k, top_p=Config.top_p, seed=Config.seed, numbers=None, on_token=None):
-    """Go on from each prompt (a list of token ids) until one of `ends`. -> [new ids, without the end token], [ended]
+def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
+    """Go on from each prompt until one of `ends`. Yields (index of the prompt, new ids without the end token, ended) as
+    texts are finished; the longest prompts are begun first, and a free row takes the next.
+    numbers: which sample of its prompt each is, so that one can be asked for several texts. on_token(index, id) is
+    called as tokens come: on a GPU one step behind, so that it never waits for the host."""
+    cfg, numbers = writer.cfg, numbers or [0] * len(prompts)
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    slots, out, sent, lag = [None] * writer.B, {}, deque(), writer.device.type == "cuda"
 
-    numbers: number of the sample for each row, so that the same prompt can be asked for several texts. on_token(row,
-    id) is called as tokens come."""
-    device, cfg = model.lm_head.weight.device, model.cfg
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    T, B = int(lengths.max()), len(prompts)
-    if T >= cfg.max_position_embeddings:
-        raise UserError(f"a prompt has {T} tokens, the model's window {cfg.max_position_embeddings}: shorten it.")
-    max_new_tokens = min(max_new_tokens, cfg.max_position_embeddings - T)
-    dtype = model.dtype or model.embed_tokens.weight.dtype
-    caches = [Cache(cfg, B, T + max_new_tokens, device, dtype) for _ in model.layers]
-    generators = [torch.Generator().manual_seed(noise_seed(seed, p, n)) for p, n in zip(prompts, numbers or [0] * B)]
-    ids = torch.zeros(B, T, dtype=torch.long, device=device)  # padded on the right: causal attention never sees it
-    for row, p in enumerate(prompts):
-        ids[row, :len(p)] = torch.tensor(p)
-    pos = torch.arange(T, device=device).expand(B, T)
-    h = model(ids, pos, caches)[torch.arange(B, device=device), lengths - 1]  # [B, C]
-    out, ended = [[] for _ in prompts], [False] * B
-    for step in range(max_new_tokens):
-        chosen = pick(models.logits(model, h), temperature, top_k, top_p, generators)
-        for row, token in enumerate(chosen.tolist()):
-            if not ended[row]:
-                ended[row] = token in ends
-                if not ended[row]:
-                    out[row].append(token)
-                    if on_token:
-                        on_token(row, token)
-        if all(ended) or step == max_new_tokens - 1:
-            break
-        h = model(chosen[:, None], (lengths + step)[:, None], caches)[:, 0]
-    return out, ended
+    def settle(whose):  # send what was chosen for these prompts, and take what has come
+        sent.append((writer.send(), whose))
+        while len(sent) > lag:
+            tokens, whose = sent.popleft()
+            for token, i in zip(tokens(), whose):
+                if i not in out:  # nobody's, or finished a step ago
+                    continue
+                if not (ended := token in ends):
+                    out[i].append(token)
+                    on_token(i, token)
+                if ended or len(out[i]) == min(cfg.max_new_tokens, writer.S - len(prompts[i])):
+                    slots[slots.index(i)] = None
+                    yield i, out.pop(i), ended
 
+    while waiting or out:
+        free = [row for row, i in enumerate(slots) if i is None]
+        if waiting and len(free) >= min(len(waiting), max(1, writer.B // 8)):  # all others wait: for several at once
+            most = max(1, 8192 // len(prompts[waiting[-1]]))  # tokens of a pass: memory
+            new = {row: waiting.pop() for row in free[:min(most, len(waiting))]}
+            out |= {i: [] for i in new.values()}
+            slots = [new.get(row, i) for row, i in enumerate(slots)]
+            writer.read(list(new), [prompts[i] for i in new.values()], [numbers[i] for i in new.values()])
+            yield from settle([new.get(row) for row in range(writer.B)])
+        elif not waiting and not cfg.compile and 2 * len(free) >= writer.B:  # half of the work would be for nobody
+            writer.keep(busy := [row for row, i in enumerate(slots) if i is not None])
+            slots = [slots[row] for row in busy]
+        writer.step()
+        yield from settle(list(slots))
+
+def generate(model, prompts, ends, numbers=None, **how):
+    """Go on from each prompt, all at once. -> [new ids, without the end token], [ended]; how: fields of Config."""
+    writer = Writer(model, prompts, Config(**{"batch_size": len(prompts), **how}))
+    texts = sorted(write(writer, prompts, ends, numbers))
+    return [ids for _, ids, _ in texts], [ended for *_, ended in texts]
 
 # --- what is asked, and of whom ---
-
-
-TITLE = "Pumpkin Bread"  # asked of a model that has no run
-
-
-def with_ingredients(text, title, ingredients=""):
-    """Token ids of a recipe's beginning: the title, or title and ingredients up to the number of the first step."""
-    items = [i.strip() for i in (ingredients.split(",") if isinstance(ingredients, str) else ingredients) if i.strip()]
+def beginning(text, row, chat=False):
+    """(token ids, shown text) of what a model is to go on from: {"prompt"}, or {"title", "ingredients"}: a recipe's
+    beginning, up to the number of the first step. chat: of the template's, where it is the assistant's turn."""
+    if "prompt" in row and chat:
+        try:
+            pieces = text.chat([{"role": "user", "content": row["prompt"]}], ask=True)
+        except recipes.BadRow as why:
+            raise UserError(f"--chat: {why}.") from None
+        return [t & (data.PROMPT - 1) for t in text.tokens([pieces])[0]], row["prompt"] + "\n\n"
+    if "prompt" in row:
+        return text.prompt(row["prompt"]), row["prompt"]
+    items = row.get("ingredients", "")
+    items = [i.strip() for i in (items.split(",") if isinstance(items, str) else items) if i.strip()]
     begin = "\n\nIngredients:\n" + "".join(f"- {i}\n" for i in items) + "\nDirections:\n1." if items else ""
-    return text.prompt(title, begin), title + begin
+    return text.prompt(row["title"], begin), row["title"] + begin
 
-
-def read_prompts(path, text):
-    """[(ids, shown text)] of a file: a free prompt a line, or a JSON object with prompt, or title and ingredients."""
+def read_prompts(path):
+    """The rows of a file: a free prompt a line, or a JSON object with prompt, or title and ingredients."""
+    rows, n = [], 0
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        for n, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                rows.append(row := json.loads(line) if line.startswith("{") else {"prompt": line.rstrip("\r")})
+                "".join([row["prompt"] if "prompt" in row else row["title"], *row.get("ingredients", "")])  # all texts
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompts {path} cannot be read ({e}).") from None
-    asked = []
-    for n, line in enumerate(lines, 1):
-        if line.startswith("{"):
-            try:
-                row = json.loads(line)
-                asked.append((text.prompt(row["prompt"]), row["prompt"]) if "prompt" in row else
-                             with_ingredients(text, row["title"], row.get("ingredients", "")))
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise UserError(f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e!r}).") from None
-        elif line.strip():
-            asked.append((text.prompt(line.rstrip("\r")), line.rstrip("\r")))
-    if not asked:
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e!r}).") from None
+    if not rows:
         raise UserError(f"--prompts {path} holds no prompt.")
-    return asked
-
+    return rows
 
 def load(cfg):
     """(model, Text, run.json or None) of a run with its base, or of a base alone."""
-    device = plan.pick_device(cfg.device)
+    device, began = plan.pick_device(cfg.device), time.time()
     kept, compute, why = plan.pick_dtype(cfg.dtype, device)
-    folder, info = Path(cfg.run or "out"), None
-    if cfg.run or not cfg.model:
-        in_run = next((p for p in (folder / "run.json", folder.parent / "run.json") if p.exists()), None)
-        if in_run is None:
-            raise UserError(f"{folder} holds no run: train one with `python train.py`, or name a --run or a --model.")
-        try:
-            info = json.loads(in_run.read_text(encoding="utf-8"))
-            info["config"]["model"], info["base_fingerprint"], info["titles"][0]
-        except (OSError, ValueError, LookupError, TypeError) as e:
-            raise UserError(f"{in_run} cannot be read as a run's ({e!r}).") from None
-    cache = data.cache_folder(cfg)
+    folder = Path(cfg.run or "out")
+    info = state.read_run(folder) if cfg.run or not cfg.model else None
     full = info and (folder / "model.safetensors").exists()
-    base = folder if full else convert.resolve(cfg.model or (info["config"]["model"] if info else ""), cache)
-    if info and not full and state.fingerprint(base) != info["base_fingerprint"]:
+    base = folder if full else convert.resolve(cfg.model or (info["config"]["model"] if info else ""),
+                                               data.cache_folder(cfg))
+    if (adapted := info and not full) and state.fingerprint(base) != info["base_fingerprint"]:
         raise UserError(f"{base} is not what {folder} was trained on: it has changed. Name the right one with --model.")
-    model = models.load(base, device, kept, quant.make_linear("none"))
+    if cfg.merge and not adapted:
+        raise UserError("--merge: there is no adapter here to add to the weights; leave it out.")
+    if cfg.compile:
+        plan.start_compiler()
+    make = quant.make_linear(cfg.quant)
+    make, left = lora.merging(folder, make) if cfg.merge else (make, {})
+    model = models.load(base, device, kept, make)
     model.dtype = compute
-    if info and not full:
+    if left:
+        raise UserError(f"the adapter's {next(iter(left))} has no place in {base}.")
+    if adapted and not cfg.merge:
         lora.load(model, folder)
     model.requires_grad_(False).eval()
-    say("model", f"{base.name}{f' + {folder}' if info else ''}, {str(kept)[6:]} on {device} ({why})")
-    if info and folder == in_run.parent and (folder / "state.json").exists():
+    gb = sum(p.nbytes for p in model.parameters()) / 1e9  # a tied head counts once
+    how = f" + {folder}" * bool(info) + ", merged" * cfg.merge + f", linears in {cfg.quant}" * (cfg.quant != "none")
+    say("model", f"{base.name}{how}, {gb:.2f} GB on {device} in {time.time() - began:.1f} s; {str(kept)[6:]} ({why})")
+    if info and (folder / "state.json").exists():
         facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if facts["best_step"] < facts["step"]:
             say("note", f"this is step {facts['step']}, the best was {facts['best_step']}: --run {folder}/best")
     return model, data.Text(base), info
 
+# --- how good it is ---
+def measure(texts):
+    """What can be counted in (text behind a title, ended). Shares are of all ingredients, steps and 3-word runs."""
+    whole, used, listed, again, steps, runs = 0, 0, 0, 0, 0, Counter()
+    for text, ended in texts:
+        items, numbered = re.findall(r"^- (.+)", text, re.MULTILINE), re.findall(r"^(\d+)\. (.+)", text, re.MULTILINE)
+        form = re.fullmatch(r"\n\nIngredients:\n(- .+\n){2,}\nDirections:\n(\d+\. .+\n){2,}", text.rstrip() + "\n")
+        done, words = [step for _, step in numbered], text.casefold().split()
+        named, of = recipes.mentioned(recipes.Recipe(ingredients=items, directions=done))
+        whole += bool(form and ended and [int(n) for n, _ in numbered] == [*range(1, len(done) + 1)])
+        used, listed, again, steps = used + named, listed + of, again + len(done) - len(set(done)), steps + len(done)
+        runs.update(zip(words, words[1:], words[2:]))
+    return {"recipes": whole / len(texts), "ingredients_used": used / max(1, listed),
+            "steps_repeated": again / max(1, steps), "distinct_3": len(runs) / max(1, runs.total())}
+
+@torch.no_grad()
+def evaluate(cfg):
+    """--eval: base and run on the same held-out titles. -> {"asked", "run": {measure: value}, "base": the same}"""
+    model, text, info = load(replace(cfg, run=cfg.run or "out"))
+    had = {f.name: info["config"][f.name] for f in fields(data.Data)} | {"cache": cfg.cache}
+    _, held, _ = data.prepare(data.Data(**had), recipes.Rules(**info["rules"]), text.path.parent)
+    prompts, out = [text.prompt(title) for title in info["titles"][:cfg.eval]], {}
+    rows = [[held.val[at:at + cfg.batch_size]] for at in range(0, len(held.val), cfg.batch_size)]
+    for who in "run", "base":
+        texts, total, count = [], 0.0, 0
+        for _, ids, end in cli.Progress(len(prompts), who).over(write(Writer(model, prompts, cfg), prompts, text.ends)):
+            texts.append((text.decode(ids), end))
+        for batch, in data.feed(held, rows, model.lm_head.weight.device, had["mask_prompt"]):
+            loss = models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets)
+            total, count = total + loss.item(), count + len(batch.targets)
+        out[who], model = {**measure(texts), "perplexity": math.exp(total / count)}, None
+        if who == "run":
+            model, *_ = load(replace(cfg, run="", merge=False, model=cfg.model or info["base"]))
+    return {"asked": len(prompts), **out}
 
 def main():
     cfg, = cli.parse(__doc__, Config)
     check(cfg)
+    if cfg.eval:
+        out = evaluate(cfg)
+        table = [f"{what:<24}{value:>10.3f}{out['run'][what]:>10.3f}" for what, value in out["base"].items()]
+        head = f"{out['asked']:>4} held-out titles    {'base':>10}{'run':>10}"  # at most as many as the run held out
+        return print(json.dumps(out) if cfg.json else "\n".join([head, *table]))
     model, text, info = load(cfg)
-    if cfg.prompts:
-        asked = read_prompts(cfg.prompts, text)
-    elif cfg.prompt:
-        asked = [(text.prompt(cfg.prompt), cfg.prompt)]
-    else:
-        titles = info["titles"] if info else [TITLE]
-        asked = [with_ingredients(text, cfg.title or titles[cfg.seed % len(titles)], cfg.ingredients)]
-    if not all(ids for ids, _ in asked):
+    titles = info["titles"] if info else ["Pumpkin Bread"]
+    rows = read_prompts(cfg.prompts) if cfg.prompts else [{"prompt": cfg.prompt} if cfg.prompt else {
+        "title": cfg.title or titles[cfg.seed % len(titles)], "ingredients": cfg.ingredients}]
+    asked = ((*beginning(text, row, cfg.chat), n) for row in rows for n in range(cfg.num_samples))
+    prompts, shown, numbers = zip(*asked)
+    if not all(prompts):
         raise UserError("a prompt is empty, and this model has no BOS token to begin with.")
-    jobs = [(ids, shown, n) for ids, shown in asked for n in range(cfg.num_samples)]
-    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0]))  # a batch of like lengths reads little padding
-    streamed, results, began, count = len(jobs) == 1 and not cfg.json, {}, time.time(), 0
-    stream = DecodeStream(skip_special_tokens=True)  # gives a piece of text once its bytes are whole characters
-
-    def show(row, token):
-        print(stream.step(text.tokenizer, token) or "", end="", flush=True)
-
-    if streamed:
-        print(jobs[0][1], end="", flush=True)
-    for i in range(0, len(order), cfg.batch_size):
-        rows = order[i:i + cfg.batch_size]
-        out, ended = generate(model, [jobs[r][0] for r in rows], text.ends, cfg.max_new_tokens, cfg.temperature,
-                              cfg.top_k, cfg.top_p, cfg.seed, [jobs[r][2] for r in rows], show if streamed else None)
-        for r, ids, end in zip(rows, out, ended):
-            results[r] = {"prompt": jobs[r][1], "text": text.decode(ids), "sample": jobs[r][2], "tokens": len(ids),
-                          "ended": end}
-            count += len(ids)
-    if streamed:
-        print()
-    for r in range(len(jobs)):
-        if cfg.json:
-            print(json.dumps(results[r], ensure_ascii=False))
-        elif not streamed:
-            print(f"{results[r]['prompt']}{results[r]['text']}\n\n{'-' * 40}\n")
+    stream, streamed = DecodeStream(skip_special_tokens=True), len(prompts) == 1 and not cfg.json
+    writer, began, first, done, at = Writer(model, prompts, cfg), time.time(), [], {}, 0
+    def show(i, token):
+        first.append(time.time() - began)
+        if streamed:  # a piece of text once its bytes are whole characters
+            print(stream.step(text.tokenizer, token) or "", end="", flush=True)
+    print(shown[0] if streamed else "", end="", flush=True)
+    texts = write(writer, prompts, text.ends, numbers, show)
+    for i, ids, end in texts if streamed else cli.Progress(len(prompts), "sample").over(texts):
+        done[i] = {"prompt": shown[i], "text": text.decode(ids), "sample": numbers[i], "tokens": len(ids), "ended": end}
+        while at in done and not streamed:  # in the order of the prompts, as soon as that is known
+            row, at = done[at], at + 1
+            print(json.dumps(row, ensure_ascii=False) if cfg.json else f"{row['prompt']}{row['text']}\n\n{'-' * 40}\n")
+    print("\n" if streamed else "", end="")
     sys.stdout.flush()
-    taken = time.time() - began
-    say("sampled", f"{len(jobs)} text(s), {count} tokens, {count / taken:.1f} tok/s, "
-        f"{sum(r['ended'] for r in results.values())} ended by themselves")
-
+    taken, tokens, ended = time.time() - began, *(sum(row[key] for row in done.values()) for key in ("tokens", "ended"))
+    say("sampled", f"{len(done)} text(s), {tokens} tokens, {tokens / taken:.1f} tok/s, the first after "
+        f"{min(first, default=0):.2f} s; {ended} ended by themselves")
 
 if __name__ == "__main__":
     cli.run(main)

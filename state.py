@@ -34,7 +34,6 @@ STATE = "state.safetensors"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 MADE_HERE = (STATE, *WEIGHTS, *(f"best/{name}" for name in WEIGHTS))  # a folder with none of these holds no run
 
-
 @contextlib.contextmanager
 def atomic(path):
     """Give a path beside `path` to write to; sync and rename it when the block ends well, else remove it."""
@@ -54,11 +53,9 @@ def atomic(path):
     finally:
         beside.unlink(missing_ok=True)
 
-
 def write_json(path, value):
     with atomic(path) as beside:
         beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
 
 def write_tensors(path, tensors, metadata=None):
     """{name: tensor} as safetensors, from any device. A full disk is an OSError like any other."""
@@ -69,7 +66,6 @@ def write_tensors(path, tensors, metadata=None):
         except SafetensorError as e:
             number = re.search(r"os error (\d+)", str(e))
             raise OSError(int(number[1]) if number else errno.EIO, str(e), str(path)) from None
-
 
 def fingerprint(folder):
     """A model folder's identity in a fraction of a second: config.json, and of each shard its size and 64 kB at 65
@@ -86,6 +82,17 @@ def fingerprint(folder):
                 digest.update(f.read(65536))
     return digest.hexdigest()[:16]
 
+def read_run(folder):
+    """run.json of a run's folder, or of its best/'s run, for who samples from it."""
+    try:
+        path = next(p for p in (folder / "run.json", folder.parent / "run.json") if p.exists())
+        info = json.loads(path.read_text(encoding="utf-8"))
+        info["config"]["model"], info["base_fingerprint"], info["titles"][0]
+        return info
+    except StopIteration:
+        raise UserError(f"{folder} holds no run: make one, `python train.py`, or name a --run or --model.") from None
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{path} cannot be read as a run's ({e!r}).") from None
 
 class Run:
     def __init__(self, folder, resume):
@@ -203,7 +210,6 @@ class Run:
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
         return facts
-
 
 class Stop:
     """Ctrl-C and SIGTERM end the run after the step in hand: stop.signal is set, and the loop saves and leaves. A

