@@ -30,7 +30,6 @@ from cli import Progress, UserError, bound, parse, run, say
 
 NEVER, PROMPT = 1 << 31, 1 << 30  # bits of a stored token that is never a target, or not with --mask_prompt
 ROW = np.dtype([("start", "u8"), ("length", "u4"), ("key", "u8")])  # of rows.bin: where in tokens.bin; recipes.key()
-
 @dataclass
 class Data:
     model: str = ""                    # base model: folder, .gguf file or org/name on the hub; none: SmolLM2-135M
@@ -49,7 +48,6 @@ class Data:
     @property
     def budget(self):  # tokens of a packed row, whole tiles of a kernel; 0: not packed
         return -(-(self.batch_tokens or 4096) // 8) * 8 if self.batching == "packed" else 0
-
 def check(cfg):
     """Out-of-range data flags, said before anything is loaded."""
     bound(cfg, val_recipes=1, max_len=2, batch_size=1, batch_tokens=0, allow_bad=(0, 1), seed=(0, 2**63))
@@ -121,7 +119,7 @@ class Text:
         """The marked ids of each list of pieces, as one array a list."""
         ids = iter(self.encode([part for row in rows for part, _ in row if type(part) is str]))
         rows = [[(next(ids) if type(part) is str else part, mark) for part, mark in row] for row in rows]
-        return [array("I", [t for ids, m in row for t in ([t | m for t in ids] if m else ids)]) for row in rows]
+        return [sum((array("I", [t | m for t in ids] if m else ids) for ids, m in row), array("I")) for row in rows]
 
 def ahead(work, items, n):
     """work(item) of each item, in order, made in a thread up to n items ahead of need."""
@@ -131,13 +129,20 @@ def ahead(work, items, n):
         while ready:
             yield ready.pop(0).result()
             ready += itertools.islice(jobs, 1)
-def cleaned(files, cfg, rules, account, held=()):
+Rendered = namedtuple("Rendered", "title completion hash pieces")  # a recipe, as little as has to leave its process
+def render(text, heap, recipe):
+    """The pieces of a recipe and what the rules of `heap` (None: no rules) say of it. Any process can do that."""
+    judged = recipes.judge(heap, recipe) if heap else recipes.Judged(recipe, False, None, None)
+    r = judged.recipe
+    pieces = () if judged.failed else text.pieces(r)
+    short = Rendered(r.title, r.completion and r.completion[:500], recipes.key(r), pieces)
+    return judged._replace(recipe=short) if heap else short
+def cleaned(files, cfg, rules, account, held=(), judge=recipes.judge):
     """Two passes over the source: one counts the ingredients, one cleans. On all cores, where the heap is large."""
     found = recipes.read(files, recipes.Account(), cfg.allow_bad, recipes.names) if rules.min_share else ()
     common = recipes.common(Progress(None, "ingredients").over(found), rules)
-    judged = recipes.read(files, account, cfg.allow_bad, partial(recipes.judge, recipes.Heap(rules, common)))
+    judged = recipes.read(files, account, cfg.allow_bad, partial(judge, recipes.Heap(rules, common)))
     return recipes.clean(judged, rules, account, common, recipes.read(held, recipes.Account(), 1.0) if held else ())
-
 def tokenise(files, cfg, rules, text, held=()):
     """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin, account.json. Doubles of `held` go."""
     hangs_on = [[(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in [*files, *held]], len(files), cfg.allow_bad,
@@ -147,23 +152,17 @@ def tokenise(files, cfg, rules, text, held=()):
     if done.exists():
         return done
     account = recipes.Account()
-    heap = cleaned(files, cfg, rules, account, held) if cfg.clean else recipes.read(files, account, cfg.allow_bad)
-    def pieces():  # (key, pieces) of each recipe; a chat that the template refuses is a bad row
-        for r in Progress(None, "tokenise").over(heap):
-            try:
-                yield recipes.key(r), text.pieces(r)
-            except recipes.BadRow as why:
-                account.read, account.kept, account.bad = account.read - 1, account.kept - 1, account.bad + 1
-                account.bad_examples += [f"{r.completion[:40]!r}: {why}"] * (account.bad <= 3)
-    each = pieces()
-    chunks = iter(lambda: list(itertools.islice(each, 2048)), [])
-    made = ahead(lambda chunk: zip(chunk, text.tokens([row for _, row in chunk])), chunks, 2)
+    heap = cleaned(files, cfg, rules, account, held, partial(render, text)) if cfg.clean else \
+        recipes.read(files, account, cfg.allow_bad, partial(render, text, None))
+    heap = Progress(None, "tokenise").over(heap)
+    chunks = iter(lambda: list(itertools.islice(heap, 2048)), [])
+    made = ahead(lambda chunk: zip(chunk, text.tokens([r.pieces for r in chunk])), chunks, 2)
     done.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(".part", dir=done.parent) as folder:
         (part := Path(folder, done.name)).mkdir()  # moved when whole: a killed preparation starts clean
         with open(part / "tokens.bin", "wb") as out, open(part / "rows.bin", "wb") as rows:
-            for (key, _), ids in itertools.chain.from_iterable(made):
-                rows.write(np.array((out.tell() // 4, len(ids), key), dtype=ROW).tobytes())
+            for r, ids in itertools.chain.from_iterable(made):
+                rows.write(np.array((out.tell() // 4, len(ids), r.hash), dtype=ROW).tobytes())
                 out.write(ids)
         (part / "account.json").write_text(json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8")
         with contextlib.suppress(OSError):  # another process was quicker, with the same
@@ -221,6 +220,8 @@ def prepare(cfg, rules, folder):
     if not len(heap.train) or not len(held.val):
         raise UserError(f"{len(heap.rows)} recipe(s) are too few to train on and hold out: bring more, or --val_data.")
     return heap, held, text
+def fingerprint(heap, held):
+    return hashlib.sha256(heap.rows.tobytes() + held.rows[held.val].tobytes()).hexdigest()[:16]
 
 # --- batches ---
 def cut(order, lengths, cfg):
@@ -296,7 +297,6 @@ class Show:
     json: bool = False                 # the account as JSON on stdout
     show: int = 0                      # print this many recipes with their target tokens coloured
     to: str = ""                       # write the recipes here, always cleaned, .jsonl or .jsonl.gz
-
 def print_account(a):
     print(f"read         {a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired",
           *(f"{'':17}bad: {example}" for example in a["bad_examples"]), sep="\n")

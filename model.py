@@ -180,12 +180,15 @@ class Cache:
     def __init__(self, cfg, B, S, device, dtype):
         shape = B, cfg.num_key_value_heads, S, cfg.head_dim
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
-
     def put(self, k, v, pos):
         """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
         rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
         self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
         return (self.k, self.v) if k.shape[2] == 1 else (k, v)
+
+def new_caches(model, B, S):
+    dtype = model.dtype or model.embed_tokens.weight.dtype
+    return [Cache(model.cfg, B, S, model.lm_head.weight.device, dtype) for _ in model.layers]
 
 class Llama(nn.Module):
     def __init__(self, cfg, flash=True):

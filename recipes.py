@@ -4,6 +4,7 @@
 
 Nothing here holds the heap: `read` and `clean` are generators, and they keep 300 bytes a recipe at most."""
 import csv
+import gc
 import gzip
 import hashlib
 import html
@@ -56,11 +57,9 @@ class Account:
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RULES, 0))
     examples: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in RULES})  # three a rule
     bad_examples: list[str] = field(default_factory=list)  # the first three, as "file:line: why"
-
 # ---- reading --------------------------------------------------------------------------------------------------------
 class BadRow(Exception):
     """Why a row is no recipe."""
-
 def read(paths, account, allow_bad=0.01, then=None):
     """The recipes of several files as one heap, as they are, or what `then` makes of each, in worker processes. Bad
     rows are counted in the account and skipped; if their share is above `allow_bad`, that is a UserError at the end."""
@@ -116,6 +115,8 @@ def _parse(then, files, rank=0, n=1):
 def _spread(then, files):
     """The lists of _parse, in order, from a process a core: each reads all rows, which is quick, and parses its own."""
     pipes, n = [], min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 16)
+    before = gc.get_threshold()
+    gc.set_threshold(10**6)  # here and in all of them: to look for cycles, where there are none, costs a tenth
     for rank in range(n):
         pipe, end = multiprocessing.Pipe(duplex=False)
         multiprocessing.Process(target=_work, args=(pipe, end, then, files, rank, n), daemon=True).start()
@@ -128,6 +129,8 @@ def _spread(then, files):
             yield got
     except EOFError:
         raise UserError("a process that reads recipes was killed; mostly, memory ran out.") from None
+    finally:
+        gc.set_threshold(*before)
 def _work(pipe, end, *job):
     pipe.close()  # now only the main process reads: when that ends, the next `send` ends this one too, by SIGPIPE
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -177,7 +180,6 @@ def _field(row, name, kind="text"):
     if not isinstance(items, list) or not all(isinstance(x, dict if kind == "list of objects" else str) for x in items):
         raise BadRow(f"`{name}` is no {kind} but {row[name]!r:.40}" if name in row else f"`{name}` is missing")
     return row[name]
-
 # ---- repairing: what can be mended is not dropped -------------------------------------------------------------------
 # List marks, which text() adds again ("- x", "1. x", a wiki's "*#x"); not "**so** good", "#10 tin", "1.5" or "1. 5 g".
 MARK = re.compile(r"^(?:[-–—•*](?:\s+|$)|\*#?(?![^*]*\*)\s*|#+\s*(?=[^\W\d_])|\d{1,2}[.)](?:\s+(?!\d)|$))")
@@ -196,7 +198,6 @@ def repair(recipe):
              for texts in (recipe.ingredients, recipe.directions))
     fixed = Recipe(tidy(recipe.title), *lists, recipe.ner)
     return recipe if fixed == recipe or recipe.completion is not None else fixed  # a text's white space has a meaning
-
 # ---- the rules: each says why a recipe should go, or nothing --------------------------------------------------------
 @dataclass
 class Rules:
@@ -366,7 +367,6 @@ def save(recipes, path):
             os.replace(part, path)
     except OSError as e:
         raise UserError(f"--to {path} cannot be written ({e}).") from None
-
 def held_out(keys, n, seed):
     """Which recipes are kept from training, as booleans: n, or what whole groups of a key come to (split, they would
     make the loss praise memory), at most half. Files in another order, or a few more recipes, leave nearly the same."""

@@ -11,15 +11,15 @@ Follow one token: `Writer.read` takes prompts into free rows in one pass, `Write
 row to the model, which looks at the keys and values it cached before, `pick` chooses the next, and `write` hands out
 what is finished and fills its row anew.
 """
-import hashlib
+import gc
 import json
 import math
 import re
-import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +64,6 @@ class Config:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # arithmetic
     device: str = "auto"               # cuda, mps, cpu
     cache: str = ".cache"              # downloads and converted models; beside the code unless absolute
-
 def check(cfg):
     cli.bound(cfg, num_samples=(1, 10**6), temperature=(0, 100), top_k=0, top_p=(1e-6, 1), min_p=(0, 1), eval=0,
               repetition_penalty=(0.01, 100), max_new_tokens=1, batch_size=1, seed=(0, 2**63))
@@ -74,12 +73,10 @@ def check(cfg):
         raise UserError("--ingredients needs --title: a recipe's text begins with its title.")
     if cfg.chat and not (cfg.prompt or cfg.prompts):
         raise UserError("--chat needs --prompt or --prompts: what the user says.")
-
 # --- choosing a token ---
 def noise_key(seed, prompt, n):
     """The noise of a text depends on (seed, prompt, number of the sample) alone: a batch around it changes nothing."""
-    digest = hashlib.sha256(json.dumps([seed, list(prompt), n]).encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
+    return int.from_bytes(blake2b(f"{seed} {n} {list(prompt)}".encode(), digest_size=8).digest(), "big", signed=True)
 def noise(keys, pos, V):
     """Gumbel noise [B, V] as a pure function of keys [B], pos [B] and the column: the numbers of splitmix64 (Steele et
     al. 2014), which any device makes alike. The largest of logit + noise is a draw from the softmax."""
@@ -88,15 +85,13 @@ def noise(keys, pos, V):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # >> of an int64 keeps its sign: the mask takes it off
     u = ((x >> 41 & 2**23 - 1) + 0.5) / 2**23  # the best mixed 23 bits; with the half exact in fp32, so never 0 or 1
     return -(-u.log()).log()
-
 def keep_likely(logits, top_k, top_p, min_p):
     """logits [B, V] with all but the likeliest at -inf: the top_k; of those the fewest that together reach top_p; of
     those what has min_p of the largest probability. What is exactly as likely as the last that stays, stays too."""
     best = logits.topk(min(top_k or 2**31, logits.shape[-1])).values  # [B, k], falling
     p = best.softmax(-1)
     keep = (p.cumsum(-1) - p < (top_p if top_p < 1 else 2)) & (p >= min_p * p[:, :1])  # a sum may round to above 1
-    return logits.masked_fill(logits < best.gather(-1, keep.sum(-1, keepdim=True) - 1), float("-inf"))
-
+    return logits.masked_fill(logits < best.gather(-1, (keep.sum(-1, keepdim=True) - 1).clamp(0)), float("-inf"))
 def pick(logits, cfg, keys, pos, seen):
     """Next token of each row, [B], from logits [B, V]; seen [B, V]: what the row holds already."""
     logits, V = logits.float(), logits.shape[-1]
@@ -108,7 +103,6 @@ def pick(logits, cfg, keys, pos, seen):
     if 0 < cfg.top_k < V or cfg.top_p < 1 or cfg.min_p:
         logits = keep_likely(logits, cfg.top_k, cfg.top_p, cfg.min_p)
     return (logits + noise(keys, pos, V)).argmax(-1)
-
 # --- writing ---
 class Writer:
     """B texts at a time, in rows of S positions. Token, position, noise and cache of a row are in tensors that stay
@@ -122,7 +116,7 @@ class Writer:
         self.B, self.S = B, _ = min(cfg.batch_size, len(prompts)), min(window, longest + cfg.max_new_tokens)
         self.token, self.pos, self.keys = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3))
         self.seen = torch.zeros(B, V if cfg.repetition_penalty != 1 else 0, dtype=torch.bool, device=self.device)
-        self.rows, self.caches = torch.arange(B, device=self.device), self.new_caches(B, self.S)
+        self.rows, self.caches = torch.arange(B, device=self.device), models.new_caches(model, B, self.S)
         if cfg.compile:
             began = time.time()
             for block in model.layers:
@@ -135,20 +129,17 @@ class Writer:
                     self.step()
                 self.step = graph.replay
             say("compile", f"{time.time() - began:.1f} s, for {B} row(s) of {self.S} positions")
-    def new_caches(self, B, S):
-        dtype = self.model.dtype or self.model.embed_tokens.weight.dtype
-        return [models.Cache(self.model.cfg, B, S, self.device, dtype) for _ in self.model.layers]
     @torch.compiler.set_stance("force_eager")  # each length would be a graph
     def read(self, rows, prompts, numbers):
         """Take a prompt (token ids) into each of these rows, in one pass, and choose the first token."""
         n, T, tensor = len(rows), max(map(len, prompts)), partial(torch.tensor, device=self.device)
         ids = tensor([p + [0] * (T - len(p)) for p in prompts])  # [n, T]; causal: none sees the padding
-        rows, ends, caches = tensor(rows), tensor([len(p) for p in prompts]), self.new_caches(n, T)
+        rows, ends, caches = tensor(rows), tensor([len(p) for p in prompts]), models.new_caches(self.model, n, T)
         h = self.model(ids, torch.arange(T, device=self.device).expand(n, T), caches)
         for mine, new in zip(self.caches, caches):
             mine.k[rows, :, :T], mine.v[rows, :, :T] = new.k, new.v
-        self.pos[rows] = ends
-        self.keys[rows] = tensor([noise_key(self.cfg.seed, p, n) for p, n in zip(prompts, numbers)])
+        keys = [noise_key(self.cfg.seed, p, n) for p, n in zip(prompts, numbers)]
+        self.pos[rows], self.keys[rows] = ends, tensor(keys)
         for row, p in zip(rows if self.seen.numel() else (), prompts):
             self.seen[row] = False
             self.seen[row, tensor(p)] = True
@@ -184,7 +175,6 @@ def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
     cfg, numbers = writer.cfg, numbers or [0] * len(prompts)
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     slots, out, sent, lag = [None] * writer.B, {}, deque(), writer.device.type == "cuda"
-
     def settle(whose):  # send what was chosen for these prompts, and take what has come
         sent.append((writer.send(), whose))
         while len(sent) > lag:
@@ -198,7 +188,6 @@ def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
                 if ended or len(out[i]) == min(cfg.max_new_tokens, writer.S - len(prompts[i])):
                     slots[slots.index(i)] = None
                     yield i, out.pop(i), ended
-
     while waiting or out:
         free = [row for row, i in enumerate(slots) if i is None]
         if waiting and len(free) >= min(len(waiting), max(1, writer.B // 8)):  # all others wait: for several at once
@@ -213,13 +202,11 @@ def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
             slots = [slots[row] for row in busy]
         writer.step()
         yield from settle(list(slots))
-
 def generate(model, prompts, ends, numbers=None, **how):
     """Go on from each prompt, all at once. -> [new ids, without the end token], [ended]; how: fields of Config."""
     writer = Writer(model, prompts, Config(**{"batch_size": len(prompts), **how}))
     texts = sorted(write(writer, prompts, ends, numbers))
     return [ids for _, ids, _ in texts], [ended for *_, ended in texts]
-
 # --- what is asked, and of whom ---
 def beginning(text, row, chat=False):
     """(token ids, shown text) of what a model is to go on from: {"prompt"}, or {"title", "ingredients"}: a recipe's
@@ -229,30 +216,28 @@ def beginning(text, row, chat=False):
             pieces = text.chat([{"role": "user", "content": row["prompt"]}], ask=True)
         except recipes.BadRow as why:
             raise UserError(f"--chat: {why}.") from None
-        return [t & (data.PROMPT - 1) for t in text.tokens([pieces])[0]], row["prompt"] + "\n\n"
+        return [t & (data.PROMPT - 1) for t in text.tokens([pieces])[0]], row["prompt"]
     if "prompt" in row:
         return text.prompt(row["prompt"]), row["prompt"]
     items = row.get("ingredients", "")
     items = [i.strip() for i in (items.split(",") if isinstance(items, str) else items) if i.strip()]
     begin = "\n\nIngredients:\n" + "".join(f"- {i}\n" for i in items) + "\nDirections:\n1." if items else ""
     return text.prompt(row["title"], begin), row["title"] + begin
-
 def read_prompts(path):
     """The rows of a file: a free prompt a line, or a JSON object with prompt, or title and ingredients."""
     rows, n = [], 0
     try:
-        for n, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                rows.append(row := json.loads(line) if line.startswith("{") else {"prompt": line.rstrip("\r")})
+        for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+            if line := line.rstrip("\r") if line.strip() else "":
+                rows.append(row := json.loads(line) if line.lstrip().startswith("{") else {"prompt": line})
                 "".join([row["prompt"] if "prompt" in row else row["title"], *row.get("ingredients", "")])  # all texts
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompts {path} cannot be read ({e}).") from None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e!r}).") from None
     if not rows:
         raise UserError(f"--prompts {path} holds no prompt.")
     return rows
-
 def load(cfg):
     """(model, Text, run.json or None) of a run with its base, or of a base alone."""
     device, began = plan.pick_device(cfg.device), time.time()
@@ -285,7 +270,6 @@ def load(cfg):
         if facts["best_step"] < facts["step"]:
             say("note", f"this is step {facts['step']}, the best was {facts['best_step']}: --run {folder}/best")
     return model, data.Text(base), info
-
 # --- how good it is ---
 def measure(texts):
     """What can be counted in (text behind a title, ended). Shares are of all ingredients, steps and 3-word runs."""
@@ -300,61 +284,77 @@ def measure(texts):
         runs.update(zip(words, words[1:], words[2:]))
     return {"recipes": whole / len(texts), "ingredients_used": used / max(1, listed),
             "steps_repeated": again / max(1, steps), "distinct_3": len(runs) / max(1, runs.total())}
-
 @torch.no_grad()
 def evaluate(cfg):
-    """--eval: base and run on the same held-out titles. -> {"asked", "run": {measure: value}, "base": the same}"""
-    model, text, info = load(replace(cfg, run=cfg.run or "out"))
+    """--eval: run and base on the same held-out titles. -> {"asked", "run": {measure: value}, "base": the same}"""
+    folder, out = Path(cfg.run or "out"), {}
+    info = state.read_run(folder)
+    base = convert.resolve(cfg.model or info["config"]["model"], data.cache_folder(cfg))
     had = {f.name: info["config"][f.name] for f in fields(data.Data)} | {"cache": cfg.cache}
-    _, held, _ = data.prepare(data.Data(**had), recipes.Rules(**info["rules"]), text.path.parent)
-    prompts, out = [text.prompt(title) for title in info["titles"][:cfg.eval]], {}
+    try:
+        heap, held, text = data.prepare(data.Data(**had), recipes.Rules(**info["rules"]), base)
+    except UserError as e:
+        raise UserError(f"the data that {folder} was trained on, as its run.json has it: {e}") from None
+    if [state.fingerprint(base), data.fingerprint(heap, held)] != [info["base_fingerprint"], info["data_fingerprint"]]:
+        raise UserError(f"{base} or the data (or its rules) is not what {folder} was trained on: it has changed.")
+    prompts = [text.prompt(title) for title in info["titles"][:cfg.eval]]  # as many as the run held out, at most
     rows = [[held.val[at:at + cfg.batch_size]] for at in range(0, len(held.val), cfg.batch_size)]
-    for who in "run", "base":
-        texts, total, count = [], 0.0, 0
+    for who, which in ("run", {"run": str(folder)}), ("base", {"run": "", "model": str(base), "merge": False}):
+        model, texts, total, count = load(replace(cfg, **which))[0], [], 0.0, 0
         for _, ids, end in cli.Progress(len(prompts), who).over(write(Writer(model, prompts, cfg), prompts, text.ends)):
             texts.append((text.decode(ids), end))
-        for batch, in data.feed(held, rows, model.lm_head.weight.device, had["mask_prompt"]):
-            loss = models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets)
-            total, count = total + loss.item(), count + len(batch.targets)
+        with torch.compiler.set_stance("force_eager"):  # each length would be a graph
+            for batch, in data.feed(held, rows, model.lm_head.weight.device, had["mask_prompt"]):
+                loss = models.sum_loss(model(batch.ids), model.lm_head.weight, batch.where, batch.targets)
+                total, count = total + loss.item(), count + len(batch.targets)
         out[who], model = {**measure(texts), "perplexity": math.exp(total / count)}, None
-        if who == "run":
-            model, *_ = load(replace(cfg, run="", merge=False, model=cfg.model or info["base"]))
-    return {"asked": len(prompts), **out}
-
-def main():
-    cfg, = cli.parse(__doc__, Config)
-    check(cfg)
-    if cfg.eval:
-        out = evaluate(cfg)
-        table = [f"{what:<24}{value:>10.3f}{out['run'][what]:>10.3f}" for what, value in out["base"].items()]
-        head = f"{out['asked']:>4} held-out titles    {'base':>10}{'run':>10}"  # at most as many as the run held out
-        return print(json.dumps(out) if cfg.json else "\n".join([head, *table]))
+        torch.compiler.reset()
+        gc.collect()  # what is compiled refers to itself: two models would be in memory
+    table = "".join(f"\n{what:<24}{value:>10.3f}{out['run'][what]:>10.3f}" for what, value in out["base"].items())
+    head = f"{len(prompts):>4} held-out titles    {'base':>10}{'run':>10}"
+    print(json.dumps({"asked": len(prompts), **out}) if cfg.json else head + table)
+# --- python sample.py ---
+def answer(cfg):
+    """Write what is asked for: one text as it comes, or all in the order of their prompts."""
     model, text, info = load(cfg)
     titles = info["titles"] if info else ["Pumpkin Bread"]
     rows = read_prompts(cfg.prompts) if cfg.prompts else [{"prompt": cfg.prompt} if cfg.prompt else {
         "title": cfg.title or titles[cfg.seed % len(titles)], "ingredients": cfg.ingredients}]
+    if re.search("[\ud800-\udfff]", json.dumps(rows, ensure_ascii=False)):
+        raise UserError("a prompt holds a lone surrogate, or bytes that are no UTF-8: no tokenizer takes it.")
     asked = ((*beginning(text, row, cfg.chat), n) for row in rows for n in range(cfg.num_samples))
     prompts, shown, numbers = zip(*asked)
     if not all(prompts):
         raise UserError("a prompt is empty, and this model has no BOS token to begin with.")
     stream, streamed = DecodeStream(skip_special_tokens=True), len(prompts) == 1 and not cfg.json
+    for token in prompts[0] if streamed else ():  # it knows what came before
+        stream.step(text.tokenizer, token)
     writer, began, first, done, at = Writer(model, prompts, cfg), time.time(), [], {}, 0
     def show(i, token):
         first.append(time.time() - began)
         if streamed:  # a piece of text once its bytes are whole characters
             print(stream.step(text.tokenizer, token) or "", end="", flush=True)
-    print(shown[0] if streamed else "", end="", flush=True)
+    gap = "\n\n" if cfg.chat else ""
+    print(shown[0] + gap if streamed else "", end="", flush=True)
     texts = write(writer, prompts, text.ends, numbers, show)
     for i, ids, end in texts if streamed else cli.Progress(len(prompts), "sample").over(texts):
-        done[i] = {"prompt": shown[i], "text": text.decode(ids), "sample": numbers[i], "tokens": len(ids), "ended": end}
+        said = text.decode(prompts[i] + ids)[len(text.decode(prompts[i])):]  # a first token alone may lose its space
+        done[i] = {"prompt": shown[i], "text": said, "sample": numbers[i], "tokens": len(ids), "ended": end}
         while at in done and not streamed:  # in the order of the prompts, as soon as that is known
             row, at = done[at], at + 1
-            print(json.dumps(row, ensure_ascii=False) if cfg.json else f"{row['prompt']}{row['text']}\n\n{'-' * 40}\n")
-    print("\n" if streamed else "", end="")
-    sys.stdout.flush()
+            plain = f"{row['prompt']}{gap}{row['text']}\n\n{'-' * 40}\n"
+            print(json.dumps(row, ensure_ascii=False) if cfg.json else plain)
+    print(end="\n" * streamed, flush=True)
     taken, tokens, ended = time.time() - began, *(sum(row[key] for row in done.values()) for key in ("tokens", "ended"))
     say("sampled", f"{len(done)} text(s), {tokens} tokens, {tokens / taken:.1f} tok/s, the first after "
         f"{min(first, default=0):.2f} s; {ended} ended by themselves")
+def main():
+    cfg, = cli.parse(__doc__, Config)
+    check(cfg)
+    try:
+        evaluate(cfg) if cfg.eval else answer(cfg)
+    except torch.OutOfMemoryError:
+        raise UserError("out of memory: a smaller --batch_size, --max_new_tokens or --quant nf4 takes less.") from None
 
 if __name__ == "__main__":
     cli.run(main)

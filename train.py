@@ -8,7 +8,6 @@ Read in this order: recipes.py -> data.py (a batch), model.py -> quant.py -> lor
 """
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -317,11 +316,10 @@ def draw_curve(run):
 
 def about(cfg, rules, base, heap, held, text, model):
     """run.json: what this run is."""
-    heaps = heap.rows.tobytes() + held.rows[held.val].tobytes()
     bos, ends = len(text.bos), {i: held.recipe(i, mask_prompt=True)[1][0] for i in held.val}
     starts = [held.ids(i)[:ends[i] if ends[i] > max(1, bos) else bos + 8] for i in held.val]  # no prompt: first tokens
     return {"config": dataclasses.asdict(cfg), "rules": dataclasses.asdict(rules), "base": str(base),
-            "base_fingerprint": state.fingerprint(base), "data_fingerprint": hashlib.sha256(heaps).hexdigest()[:16],
+            "base_fingerprint": state.fingerprint(base), "data_fingerprint": data.fingerprint(heap, held),
             "dtype": str(model.embed_tokens.weight.dtype), "arithmetic": str(model.dtype or torch.float32),
             "data": {**heap.account, "held_out": len(held.val)}, "titles": [text.decode(s) for s in starts[:1024]],
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}

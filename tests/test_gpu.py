@@ -18,6 +18,7 @@ import lora
 import model as models
 import plan
 import quant
+import sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CUDA = torch.device("cuda")
@@ -235,3 +236,50 @@ def test_replayed_graphs_add_the_gradients_of_eager_steps(how):
     assert len(run.graphs) == 3
     assert got[0][0] == pytest.approx(got[1][0], rel=2e-3)
     assert ((got[0][1] - got[1][1]).norm() / got[0][1].norm()).item() < 0.03  # padded further, rounded otherwise
+
+
+# --- sampling ---
+
+
+PROMPTS = [[7 + i, *range(11, 11 + 5 * (i % 4))] for i in range(8)]
+
+
+def writes(kind, dtype, compiled, **how):
+    """What a model of these widths writes after eight prompts, in rows that are filled anew."""
+    torch._dynamo.reset()
+    model = build(kind, dtype=dtype).requires_grad_(False).eval()
+    if dtype == torch.float32:
+        model = model.float()
+    model.dtype = dtype
+    cfg = sample.Config(compile=compiled, batch_size=3, max_new_tokens=24, **how)
+    writer = sample.Writer(model, PROMPTS, cfg)
+    return [ids for _, ids, _ in sorted(sample.write(writer, PROMPTS, set(range(100))))]
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}], ids=str)
+def test_a_step_in_a_cuda_graph_writes_what_an_eager_one_does(how):
+    """And greedy what the largest logits of the whole text so far say, without a cache."""
+    eager = writes("none", torch.float32, False, **how)
+    assert writes("none", torch.float32, True, **how) == eager and len({tuple(ids) for ids in eager}) == 8
+    if not how["temperature"]:
+        model = build("none", dtype=torch.float32).requires_grad_(False).eval().float()
+        for prompt, ids in zip(PROMPTS, eager):
+            for n, token in enumerate(ids):
+                h = model(torch.tensor([prompt + ids[:n]], device="cuda"))
+                assert models.logits(model, h[0, -1]).argmax() == token
+
+
+@pytest.mark.parametrize("N", [1, 3, 32])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_products_of_few_rows(kind, dtype, bound, N):
+    """The kernels that only sampling meets, compiled and eager, against float64."""
+    torch._dynamo.reset()
+    g = torch.Generator(device="cuda").manual_seed(0)
+    layer = quant.make_linear(kind)("q_proj", torch.randn(1024, 4096, device="cuda", generator=g).mul(0.02).to(dtype))
+    x = torch.randn(N, 1, 4096, device="cuda", generator=g).to(dtype)
+    want = x.double() @ layer.full(torch.float32).double().t()
+    with torch.no_grad():
+        for product in (layer.mm, torch.compile(layer.mm, dynamic=False)):
+            y = product(x)
+            assert y.shape == (N, 1, 1024) and y.dtype == dtype and (y - want).norm() / want.norm() < bound

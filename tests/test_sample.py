@@ -63,16 +63,16 @@ def run(monkeypatch, capsys):
 PROMPTS = ["Flour and eggs", "Rice", "A much longer title with beans and carrots and onions", "Milk number 7"]
 
 
-def transformers_greedy(folder, prompts, n, weights=None, penalty=1.0):
+def transformers_greedy(folder, prompts, n, weights=None, penalty=1.0, end=1):
     """What transformers writes after each prompt alone, fp32; weights: {its name: tensor} in place of the folder's."""
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if weights:
         assert not reference.load_state_dict(weights, strict=False).unexpected_keys
     out = []
     for p in prompts:
-        ids = reference.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False, pad_token_id=1, eos_token_id=1,
+        ids = reference.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False, pad_token_id=end, eos_token_id=end,
                                  repetition_penalty=penalty)[0, len(p):].tolist()
-        out.append(ids[:ids.index(1)] if 1 in ids else ids)
+        out.append(ids[:ids.index(end)] if end in ids else ids)
     return out
 
 
@@ -87,21 +87,6 @@ def test_greedy_text_is_transformers_greedy_text(tiny, tiny_model):
         assert sample.generate(model, prompts, {1}, max_new_tokens=40, temperature=0, batch_size=rows)[0] == want
 
 
-@pytest.mark.slow
-def test_greedy_text_of_the_default_model_is_transformers(default_model):
-    """Eight prompts of mixed lengths, fp32, each alone and in three rows that are filled anew."""
-    folder = default_model[0]
-    text, model = data.Text(folder), models.load(folder).requires_grad_(False).eval()
-    prompts = [text.prompt(p) for p in [*PROMPTS, "Pumpkin Bread", "The best way to cook a goose is", "1.", "Soup " * 30]]
-    reference, want = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), []
-    for p in prompts:
-        ids = reference.generate(torch.tensor([p]), max_new_tokens=48, do_sample=False, eos_token_id=2, pad_token_id=2)
-        ids = ids[0, len(p):].tolist()
-        want.append(ids[:ids.index(2)] if 2 in ids else ids)
-    assert [sample.generate(model, [p], {2}, max_new_tokens=48, temperature=0)[0][0] for p in prompts] == want
-    assert sample.generate(model, prompts, {2}, max_new_tokens=48, temperature=0, batch_size=3)[0] == want
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny_model, tmp_path_factory):
     """A folder with an adapter whose B is not zero."""
@@ -114,32 +99,64 @@ def adapter(tiny_model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("kind", ["none", "nf4", "fp8"])
-def test_greedy_text_with_an_adapter_on_any_weights_is_transformers(tiny_model, adapter, kind, merged):
-    """A batch of eight prompts of mixed lengths. The reference holds what `kind` made of the weights, dequantised, and
-    peft's own product of B and A, so it has the adapter whichever way ours is applied."""
+def with_adapter(folder, adapter, kind, merged):
+    """(our model, the same weights for transformers): what `kind` made of the base's, dequantised, and peft's own
+    product of B and A beside it, or in it."""
     make, left = lora.merging(adapter, quant.make_linear(kind)) if merged else (quant.make_linear(kind), {})
-    model = models.load(tiny_model, make_linear=make)
+    model, weights, tensors = models.load(folder, make_linear=make), {}, lora.read_tensors(adapter)
     assert not left
     if not merged:
         lora.load(model, adapter)
-    model.requires_grad_(False).eval()
-    weights = {}
-    tensors = lora.read_tensors(adapter)
     for name, layer in model.named_modules():
         if isinstance(layer, quant.Frozen):
             path = name.removesuffix(".base")
-            W = layer.full(torch.float32)
-            if not merged:
-                A, B = (tensors[f"{lora.peft_name(path)}.lora_{x}.weight"] for x in "AB")
-                W = W + 2.0 * B @ A
-            weights[models.hf_name(path + ".weight")] = W
+            A, B = (tensors[f"{lora.peft_name(path)}.lora_{x}.weight"] for x in "AB")
+            weights[models.hf_name(path + ".weight")] = layer.full(torch.float32) + (0 if merged else 2.0 * B @ A)
+    return model.requires_grad_(False).eval(), weights
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", ["none", "nf4", "fp8"])
+def test_greedy_text_with_an_adapter_on_any_weights_is_transformers(tiny_model, adapter, kind, merged):
+    """A batch of eight prompts of mixed lengths, in three rows."""
+    model, weights = with_adapter(tiny_model, adapter, kind, merged)
     text = data.Text(tiny_model)
     prompts = [text.prompt(p) for p in [*PROMPTS, "Beans", "Cream and cheese", "Butter", "Pasta " * 9]]
     want = transformers_greedy(tiny_model, prompts, 24, weights)
     assert sample.generate(model, prompts, {1}, max_new_tokens=24, temperature=0, batch_size=3)[0] == want
     assert want != transformers_greedy(tiny_model, prompts, 24)
+
+
+@pytest.mark.slow
+def test_greedy_text_of_the_default_model_is_transformers(default_model):
+    """Eight prompts of mixed lengths, fp32, each alone and in three rows that are filled anew."""
+    folder = default_model[0]
+    text, model = data.Text(folder), models.load(folder).requires_grad_(False).eval()
+    prompts = [text.prompt(p) for p in [*PROMPTS, "Pumpkin Bread", "The best way to cook a goose is", "1.", "Soup " * 30]]
+    want = transformers_greedy(folder, prompts, 48, end=2)
+    assert [sample.generate(model, [p], {2}, max_new_tokens=48, temperature=0)[0][0] for p in prompts] == want
+    assert sample.generate(model, prompts, {2}, max_new_tokens=48, temperature=0, batch_size=3)[0] == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, merged", [("none", False), ("none", True), ("nf4", False), ("nf4", True)])
+def test_greedy_text_of_the_default_model_with_an_adapter_is_transformers(default_model, tmp_path, kind, merged):
+    import peft
+
+    folder = default_model[0]
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(lora.PARENT))
+    theirs = peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.01)
+    theirs.save_pretrained(tmp_path)
+    model, weights = with_adapter(folder, tmp_path, kind, merged)
+    text = data.Text(folder)
+    prompts = [text.prompt(p) for p in [*PROMPTS, "Pumpkin Bread", "The best way to cook a goose is", "1.", "Soup " * 30]]
+    want = transformers_greedy(folder, prompts, 24, weights, end=2)
+    assert sample.generate(model, prompts, {2}, max_new_tokens=24, temperature=0, batch_size=5)[0] == want
+    assert want != transformers_greedy(folder, prompts, 24, end=2)
 
 
 def test_a_merged_adapter_is_quantised_with_the_weights(tiny_model, adapter):
@@ -436,7 +453,7 @@ def out_base(out):
 
 
 def test_each_way_to_keep_the_weights_and_to_add_the_adapter(trained, run):
-    """In fp32 merged is unmerged; 4 and 8 bits write something too, each the same in both runs of it."""
+    """In fp32 merged is unmerged; from 4 and 8 bits a text comes, too."""
     out, cache = trained
     flags = ["--run", out, "--cache", cache, "--max_new_tokens", 20, "--title", "Pie", "--temperature", 0, "--dtype",
              "fp32"]
@@ -469,7 +486,7 @@ def test_a_chat_asks_with_the_models_template(tmp_path, run):
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     text = data.Text(base)
     ids, shown = sample.beginning(text, {"prompt": "What is in a pie?"}, chat=True)
-    assert shown == "What is in a pie?\n\n"
+    assert shown == "What is in a pie?"
     assert ids == PreTrainedTokenizerFast.from_pretrained(base).apply_chat_template(
         [{"role": "user", "content": "What is in a pie?"}], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert sample.beginning(text, {"prompt": "a</s>b"}, chat=True)[0].count(1) == 1
@@ -511,6 +528,72 @@ def test_the_measures_of_a_text_worked_out_by_hand():
     words = again.casefold().split()  # ingredients: - 2 cups flour - 1 egg directions: 1. mix the flour. 2. rest. 3. mix …
     assert len(words) == 19 and got["distinct_3"] == 17 / 18  # 17 runs and 1; 'mix the flour.' stands there twice
     assert got["recipes"] == 0.5 and got["ingredients_used"] == 0.5 and got["steps_repeated"] == 1 / 3
+
+
+@pytest.mark.parametrize("what, word", [("data", "has changed"), ("gone", "as its run.json has it"), ("base", "has changed")])
+def test_eval_is_refused_where_data_or_base_are_others(tiny_recipes, run, tmp_path, what, word):
+    base, heap = make_model(tmp_path / "base"), tmp_path / "heap.jsonl"
+    heap.write_bytes(tiny_recipes.read_bytes())
+    flags = ["--cache", tmp_path / "c", "--out", tmp_path / "out", "--val_recipes", 8, "--max_steps", 1]
+    program("train.py", "--model", base, "--data", heap, *flags)
+    if what == "data":
+        heap.write_text("".join(heap.read_text().splitlines(keepends=True)[:-3]))
+    elif what == "gone":
+        heap.unlink()
+    else:
+        make_model(base, seed=9)
+    code, said, err = run("--run", tmp_path / "out", "--cache", tmp_path / "c", "--eval", 3)
+    assert code == 2 and word in err and not said and "Traceback" not in err
+
+
+def test_eval_of_a_run_that_trained_all_weights(tiny_model, tiny_recipes, run, tmp_path):
+    flags = ["--cache", tmp_path / "c", "--out", tmp_path / "out", "--val_recipes", 8, "--max_steps", 2, "--lora_r", 0]
+    program("train.py", "--model", tiny_model, "--data", tiny_recipes, *flags)
+    code, said, err = run("--run", tmp_path / "out", "--cache", tmp_path / "c", "--eval", 3, "--json", "--max_new_tokens", 9)
+    got = json.loads(said)
+    assert code == 0 and got["run"]["perplexity"] < got["base"]["perplexity"], err
+
+
+def test_a_sentencepiece_text_keeps_its_first_space(trained, run, monkeypatch):
+    """Llama 2's decoder takes the space off the first token that it is given."""
+    from tokenizers import decoders
+
+    out, cache = trained
+    text = data.Text(out_base(out))
+    ids = text.encode([" of apples"])[0]
+    load = sample.load
+
+    def sentencepiece(cfg):
+        model, text, info = load(cfg)
+        text.tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+        return model, text, info
+
+    def write(writer, prompts, ends, numbers, on_token):
+        for token in ids:
+            on_token(0, token)
+        yield 0, ids, True
+
+    monkeypatch.setattr(sample, "load", sentencepiece)
+    monkeypatch.setattr(sample, "write", write)
+    flags = ["--run", out, "--cache", cache, "--title", "Pie"]
+    assert run(*flags)[1] == "Pie of apples\n"
+    assert json.loads(run(*flags, "--json")[1])["text"] == " of apples"
+
+
+def test_out_of_memory_is_one_sentence(trained, run, monkeypatch):
+    out, cache = trained
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 270 GiB")
+
+    monkeypatch.setattr(sample, "Writer", full)
+    code, _, err = run("--run", out, "--cache", cache, "--title", "Pie")
+    assert code == 2 and "--batch_size" in err and "Traceback" not in err
+
+
+def test_a_temperature_beyond_what_fp32_holds_still_draws():
+    logits = torch.tensor([[2.0, 1.0, -3.0]])
+    assert draw(logits, 5, temperature=1e-40, top_k=2).tolist() == [0] * 5
 
 
 def test_eval_measures_base_and_run_on_held_out_titles(trained, run, tiny_model):
@@ -584,6 +667,7 @@ def test_the_adapter_is_used(trained, run, tiny_model):
         (["--eval", -1], "--eval"),
         (["--eval", 3, "--title", "a"], "exclude"),
         (["--chat"], "--prompt"),
+        (["--prompt", "caf\udce9"], "UTF-8"),
         (["--chat", "--prompt", "hello"], "no chat template"),
         (["--merge", "--run", "", "--model", "{base}", "--title", "a"], "--merge"),
         (["--prompt", "rice " * 3000], "window"),
@@ -613,6 +697,10 @@ def test_a_mistake_gets_one_sentence(trained, run, tiny_model, flags, word):
         ('{"prompt": ["a", 1]}', "prompts.txt:1"),
         ('{"title": "Pie", "ingredients": [1]}', "prompts.txt:1"),
         ('{"title": "Pie", "ingredients": null}', "prompts.txt:1"),
+        ('\ufeff{"titel": 1}', "prompts.txt:1"),
+        (' {"titel": 1}', "prompts.txt:1"),
+        ('{"prompt": ' + "[" * 100_000, "prompts.txt:1"),
+        ('{"prompt": "\\ud800"}', "UTF-8"),
     ],
 )
 def test_a_broken_file_of_prompts_is_refused(trained, run, tmp_path, text, word):
