@@ -25,7 +25,8 @@ def ours(folder, B, kind, prompts, compiled):
     import sample
 
     torch._dynamo.reset()
-    cfg = sample.Config(model=str(folder), quant=kind, compile=compiled, temperature=0, max_new_tokens=NEW, batch_size=B)
+    cfg = sample.Config(model=str(folder), quant=kind, compile=compiled, temperature=0, max_new_tokens=NEW,
+                        batch_size=B)
     began = time.time()
     model, *_ = sample.load(cfg)
     loaded, began = time.time() - began, time.time()
@@ -69,7 +70,8 @@ def transformers(folder, B, kind, prompts, static):
     torch._dynamo.reset()
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.bfloat16) if kind == "nf4" else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=bits)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0},
+                                                 quantization_config=bits)
     return theirs(model, prompts, **({"cache_implementation": "static"} if static else {}))
 
 

@@ -70,8 +70,8 @@ def transformers_greedy(folder, prompts, n, weights=None, penalty=1.0, end=1):
         assert not reference.load_state_dict(weights, strict=False).unexpected_keys
     out = []
     for p in prompts:
-        ids = reference.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False, pad_token_id=end, eos_token_id=end,
-                                 repetition_penalty=penalty)[0, len(p):].tolist()
+        ids = reference.generate(torch.tensor([p]), max_new_tokens=n, do_sample=False, pad_token_id=end,
+                                 eos_token_id=end, repetition_penalty=penalty)[0, len(p):].tolist()
         out.append(ids[:ids.index(end)] if end in ids else ids)
     return out
 
@@ -132,7 +132,7 @@ def test_greedy_text_of_the_default_model_is_transformers(default_model):
     """Eight prompts of mixed lengths, fp32, each alone and in three rows that are filled anew."""
     folder = default_model[0]
     text, model = data.Text(folder), models.load(folder).requires_grad_(False).eval()
-    prompts = [text.prompt(p) for p in [*PROMPTS, "Pumpkin Bread", "The best way to cook a goose is", "1.", "Soup " * 30]]
+    prompts = [text.prompt(p) for p in [*PROMPTS, "Pumpkin Bread", "The best way to cook a goose", "1.", "Soup " * 30]]
     want = transformers_greedy(folder, prompts, 48, end=2)
     assert [sample.generate(model, [p], {2}, max_new_tokens=48, temperature=0)[0][0] for p in prompts] == want
     assert sample.generate(model, prompts, {2}, max_new_tokens=48, temperature=0, batch_size=3)[0] == want
@@ -153,7 +153,7 @@ def test_greedy_text_of_the_default_model_with_an_adapter_is_transformers(defaul
     theirs.save_pretrained(tmp_path)
     model, weights = with_adapter(folder, tmp_path, kind, merged)
     text = data.Text(folder)
-    prompts = [text.prompt(p) for p in [*PROMPTS, "Pumpkin Bread", "The best way to cook a goose is", "1.", "Soup " * 30]]
+    prompts = [text.prompt(p) for p in [*PROMPTS, "Pumpkin Bread", "The best way to cook a goose", "1.", "Soup " * 30]]
     want = transformers_greedy(folder, prompts, 24, weights, end=2)
     assert sample.generate(model, prompts, {2}, max_new_tokens=24, temperature=0, batch_size=5)[0] == want
     assert want != transformers_greedy(folder, prompts, 24, end=2)
@@ -179,7 +179,8 @@ def test_an_adapter_that_does_not_fit_is_not_merged(tiny_model, adapter, tmp_pat
     tensors = lora.read_tensors(adapter)
     key = next(k for k in tensors if "k_proj.lora_B" in k)
     tensors[key] = torch.zeros(3, 4)
-    save_file({k: v for k, v in tensors.items() if spoil == "shape" or k != key}, tmp_path / "a/adapter_model.safetensors")
+    tensors = {k: v for k, v in tensors.items() if spoil == "shape" or k != key}
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
     with pytest.raises(cli.UserError, match=word):
         models.load(tiny_model, make_linear=lora.merging(tmp_path / "a", quant.make_linear("none"))[0])
 
@@ -201,7 +202,8 @@ def test_a_text_does_not_depend_on_its_batch(tiny, how):
     numbers, how = [0] * 4 + [1] * 4, {"max_new_tokens": 30, "seed": 5, **how}
     alone = [sample.generate(model, [p], {1}, numbers=[n], **how)[0][0] for p, n in zip(prompts, numbers)]
     for rows in (8, 3):
-        assert sample.generate(model, prompts[::-1], {1}, numbers=numbers[::-1], batch_size=rows, **how)[0] == alone[::-1]
+        out, _ = sample.generate(model, prompts[::-1], {1}, numbers=numbers[::-1], batch_size=rows, **how)
+        assert out == alone[::-1]
     if how.get("temperature") != 0:
         assert sample.generate(model, prompts, {1}, numbers=numbers, **{**how, "seed": 6})[0] != alone
 
@@ -300,11 +302,13 @@ def test_the_noise_is_splitmix64():
 def test_a_key_hangs_on_seed_prompt_and_number():
     base = sample.noise_key(1, [2, 3], 0)
     assert base == sample.noise_key(1, (2, 3), 0) and -(2**63) <= base < 2**63
-    assert len({base, sample.noise_key(2, [2, 3], 0), sample.noise_key(1, [3, 2], 0), sample.noise_key(1, [2, 3], 1)}) == 4
+    others = {sample.noise_key(2, [2, 3], 0), sample.noise_key(1, [3, 2], 0), sample.noise_key(1, [2, 3], 1)}
+    assert len({base, *others}) == 4
 
 
-@pytest.mark.parametrize("how", [{"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8, "min_p": 0.02}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "how", [{"top_k": 7}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8, "min_p": 0.02}], ids=str
+)
 def test_the_kept_are_those_of_transformers(how):
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -424,7 +428,8 @@ def test_more_prompts_than_rows_are_answered_in_order_as_each_alone(trained, run
     titles = [f"{'Rice and beans ' * (n % 4)}number {n}" for n in range(11)]
     (tmp_path / "p.txt").write_text("\n".join(titles))
     flags = ["--run", out, "--cache", cache, "--json", "--max_new_tokens", 12, "--dtype", "fp32"]
-    rows = [json.loads(line) for line in run(*flags, "--prompts", tmp_path / "p.txt", "--batch_size", 3)[1].splitlines()]
+    said = run(*flags, "--prompts", tmp_path / "p.txt", "--batch_size", 3)[1]
+    rows = [json.loads(line) for line in said.splitlines()]
     assert [row["prompt"] for row in rows] == titles
     for row in rows[::4]:
         assert json.loads(run(*flags, "--prompt", row["prompt"])[1]) == row
@@ -442,7 +447,7 @@ def test_a_character_of_many_bytes_is_streamed_whole(trained, run, monkeypatch):
         yield 0, ids, True
 
     monkeypatch.setattr(sample, "write", write)
-    monkeypatch.setattr(sample, "print", lambda *a, **k: pieces.append(a[0]), raising=False)
+    monkeypatch.setattr(sample, "print", lambda *a, end="\n", **_: pieces.append("".join(a) + end), raising=False)
     assert run("--run", out, "--cache", cache, "--title", "Pie")[0] == 0
     assert "".join(pieces) == f"Pie{said}\n" and not any("\ufffd" in piece for piece in pieces)
     assert len(pieces) > 10  # as it comes, not in one
@@ -525,12 +530,14 @@ def test_the_measures_of_a_text_worked_out_by_hand():
     flour. 2. bake ...' some come again."""
     again = "\n\nIngredients:\n- 2 cups flour\n- 1 egg\n\nDirections:\n1. Mix the flour.\n2. Rest.\n3. Mix the flour.\n"
     got = sample.measure([(again, True), ("nothing at all", True)])
-    words = again.casefold().split()  # ingredients: - 2 cups flour - 1 egg directions: 1. mix the flour. 2. rest. 3. mix …
+    words = again.casefold().split()  # ingredients: - 2 cups flour - 1 egg directions: 1. mix the flour. 2. rest. …
     assert len(words) == 19 and got["distinct_3"] == 17 / 18  # 17 runs and 1; 'mix the flour.' stands there twice
     assert got["recipes"] == 0.5 and got["ingredients_used"] == 0.5 and got["steps_repeated"] == 1 / 3
 
 
-@pytest.mark.parametrize("what, word", [("data", "has changed"), ("gone", "as its run.json has it"), ("base", "has changed")])
+@pytest.mark.parametrize(
+    "what, word", [("data", "has changed"), ("gone", "as its run.json has it"), ("base", "has changed")]
+)
 def test_eval_is_refused_where_data_or_base_are_others(tiny_recipes, run, tmp_path, what, word):
     base, heap = make_model(tmp_path / "base"), tmp_path / "heap.jsonl"
     heap.write_bytes(tiny_recipes.read_bytes())
@@ -549,7 +556,8 @@ def test_eval_is_refused_where_data_or_base_are_others(tiny_recipes, run, tmp_pa
 def test_eval_of_a_run_that_trained_all_weights(tiny_model, tiny_recipes, run, tmp_path):
     flags = ["--cache", tmp_path / "c", "--out", tmp_path / "out", "--val_recipes", 8, "--max_steps", 2, "--lora_r", 0]
     program("train.py", "--model", tiny_model, "--data", tiny_recipes, *flags)
-    code, said, err = run("--run", tmp_path / "out", "--cache", tmp_path / "c", "--eval", 3, "--json", "--max_new_tokens", 9)
+    flags = ["--run", tmp_path / "out", "--cache", tmp_path / "c", "--max_new_tokens", 9]
+    code, said, err = run(*flags, "--eval", 3, "--json")
     got = json.loads(said)
     assert code == 0 and got["run"]["perplexity"] < got["base"]["perplexity"], err
 

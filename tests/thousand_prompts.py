@@ -46,8 +46,9 @@ def main(run, file, rows=64, alone=50):
                         logits = model(ids)[:, -1].float() @ model.lm_head.weight.float().t()
                     if temperature:
                         key = torch.tensor([sample.noise_key(cfg.seed, prompts[i], 0)], device=writer.device)
-                        logits = sample.keep_likely(logits / temperature, cfg.top_k, cfg.top_p, cfg.min_p) + sample.noise(key, torch.tensor([ids.shape[1]], device=writer.device),
-                                                                     logits.shape[1])
+                        pos = torch.tensor([ids.shape[1]], device=writer.device)
+                        logits = sample.keep_likely(logits / temperature, cfg.top_k, cfg.top_p, cfg.min_p)
+                        logits = logits + sample.noise(key, pos, logits.shape[1])
                     one, other = ([*ids, *text.ends][n] for ids in (out[i], single[i]))  # one may have ended there
                     gaps.append(round(abs(logits[0, one] - logits[0, other]).item(), 4))
             bound = 0 if dtype == "fp32" else 0.1 / (temperature or 1)
