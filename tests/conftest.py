@@ -59,7 +59,7 @@ def made_recipes(n, seed=0):
 def recipenlg(path, n, seed=0, share=0.03, length=6):
     """A CSV in RecipeNLG's format of n rows, honest ones and of each defect about `share`. -> {rule, bad or kept: rows}
 
-    A recipe has `length` ingredients and steps. Any size: of the honest rows it remembers the last thousand, to copy."""
+    A recipe has `length` ingredients and steps. Any size: it remembers a thousand honest rows, to copy."""
     rng, planted, last = random.Random(seed), dict.fromkeys(("bad", "kept", *DEFECTS), 0), []
     with open(path, "w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)
