@@ -76,6 +76,8 @@ class Text:
             raise UserError(f"{folder} names no end token (eos_token_id in config.json, or the tokenizer's).")
         self.end, self.ends, self.window = ends[0], set(ends), config.get("max_position_embeddings") or 2048
         self.bos = (a := self.tokenizer.encode("a")).ids[:a.special_tokens_mask.index(0)]  # by its post-processor
+    def __reduce__(self):  # on its way to another process: without what it made of the template
+        return Text, (self.path.parent,)
     def encode(self, texts):
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     def decode(self, ids):
@@ -144,9 +146,9 @@ def cleaned(files, cfg, rules, account, held=(), judge=recipes.judge):
     judged = recipes.read(files, account, cfg.allow_bad, partial(judge, recipes.Heap(rules, common)))
     return recipes.clean(judged, rules, account, common, recipes.read(held, recipes.Account(), 1.0) if held else ())
 def tokenise(files, cfg, rules, text, held=()):
-    """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin, account.json. Doubles of `held` go."""
+    """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin, account.json, without `held`."""
     hangs_on = [[(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in [*files, *held]], len(files), cfg.allow_bad,
-            cfg.clean and asdict(rules), text.bos, text.end, text.source,
+            cfg.clean and asdict(rules), text.bos, text.end, sorted(text.ends), text.named, text.source,
             *(f.read_text("utf-8") for f in (text.path, Path(recipes.__file__), Path(__file__)))]
     done = cache_folder(cfg) / "tokens" / hashlib.sha256(json.dumps(hangs_on).encode()).hexdigest()[:16]
     if done.exists():
@@ -222,7 +224,6 @@ def prepare(cfg, rules, folder):
     return heap, held, text
 def fingerprint(heap, held):
     return hashlib.sha256(heap.rows.tobytes() + held.rows[held.val].tobytes()).hexdigest()[:16]
-
 # --- batches ---
 def cut(order, lengths, cfg):
     """The recipes of `order` as batches: batch_size of them, or as many as fit into batch_tokens padded, or packed."""
@@ -290,7 +291,6 @@ def feed(heap, steps, device, mask_prompt, budget=0, n=4):
     def send(x):  # a tensor; the others stay
         return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True) if hasattr(x, "to") else x
     return ahead(lambda step: [Batch(*map(send, collate(heap, rows, mask_prompt, budget))) for rows in step], steps, n)
-
 # --- python data.py ---
 @dataclass
 class Show:
@@ -341,7 +341,7 @@ def main():
     bound(what, show=0)
     if what.to:
         files, account = cfg.data or [convert.default_recipes(cache_folder(cfg))], recipes.Account()
-        recipes.save(cleaned(files, cfg, rules, account), Path(what.to))
+        recipes.save(cleaned(files, cfg, rules, account, list(map(Path, cfg.val_data))), Path(what.to))
         return print(f"{account.kept} of {account.read} recipes are in {what.to}")
     heap, held, text = prepare(cfg, rules, convert.resolve(cfg.model, cache_folder(cfg)))
     if what.show:

@@ -845,3 +845,32 @@ def test_a_chat_is_a_row(tmp_path):
 def test_a_chat_that_is_none_is_a_bad_row(tmp_path, messages, why):
     got, account = heap(put(tmp_path / "a.jsonl", jsonl({"messages": messages})))
     assert got == [] and account.bad == 1 and why in account.bad_examples[0]
+
+
+def test_a_name_is_that_of_the_repaired_ingredient():
+    """The first pass counts what the file has, the second asks after what is repaired."""
+    for item in ("2 cups&nbsp;sugar", "<b>2 cups sugar</b>", "&frac12; cup sugar"):
+        raw = Recipe("Pie", [item], ["Stir."])
+        assert recipes.names(raw) == recipes.names(recipes.repair(raw)) == ["sugar"]
+
+
+def test_a_held_recipe_of_rare_ingredients_still_has_no_double_in_training():
+    steps = ["Beat it well in the large bowl until it is quite smooth, then let it stand for a night in a cold place.",
+             "Bake it for an hour in a slow oven, cut it into thin slices and serve them warm with some sauce."]
+    held, copy = Recipe("a", ["1 egg", "2 yak"], steps), Recipe("b", ["1 egg", "2 tea"], steps)
+    left = recipes.clean([copy], Rules(min_words=0), recipes.Account(), {"egg", "tea"}, [held])
+    assert not list(left)
+
+
+def test_a_process_killed_while_it_sends_is_one_sentence(three_thousand, tmp_path):
+    """Its last message is cut off: OSError, not EOFError."""
+    import multiprocessing
+
+    rows = [json.dumps({"text": f"{i} " + "word " * 3000}) for i in range(9000)]
+    (file := tmp_path / "long.jsonl").write_text("\n".join(rows))
+    parts = recipes._spread(None, [(file, ".jsonl")])
+    next(parts)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(UserError, match="killed"):
+        list(parts)
