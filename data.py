@@ -146,7 +146,7 @@ def cleaned(files, cfg, rules, account, held=(), judge=recipes.judge):
     judged = recipes.read(files, account, cfg.allow_bad, partial(judge, recipes.Heap(rules, common)))
     return recipes.clean(judged, rules, account, common, recipes.read(held, recipes.Account(), 1.0) if held else ())
 def tokenise(files, cfg, rules, text, held=()):
-    """Read, clean and tokenise once. -> a folder of tokens.bin, rows.bin, account.json, without `held`."""
+    """Read, clean, tokenise once. -> folder of tokens.bin, rows.bin, account.json. Cleaning drops doubles of `held`."""
     hangs_on = [[(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in [*files, *held]], len(files), cfg.allow_bad,
             cfg.clean and asdict(rules), text.bos, text.end, sorted(text.ends), text.named, text.source,
             *(f.read_text("utf-8") for f in (text.path, Path(recipes.__file__), Path(__file__)))]

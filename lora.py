@@ -1,4 +1,4 @@
-"""LoRA by hand (Hu et al. 2021): y = x · Wᵀ + s · (x · Aᵀ) · Bᵀ with W frozen, A [r, in] and B [out, r] trained.
+"""LoRA by hand (Hu et al. 2021): y = x · Wᵀ + s · (x · Aᵀ) · Bᵀ; W frozen, A [r, in], B [out, r] trained.
 
 One example: W of 4096 × 4096 holds 16.8 million numbers; at r = 16, A and B hold 131 thousand, 0.8 % of them. B starts
 at zero, so an untrained adapter changes nothing. s is lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski).

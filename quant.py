@@ -57,7 +57,7 @@ class Frozen(nn.Module):
         return x @ self.full(x.dtype).t()
 
     def mm(self, x, u=None, B=None):
-        """x [*, in] · Wᵀ; for a LoRA + u [N, r] · Bᵀ, B [out, r]. Sums over r alone would read and write all of y once
+        """x [*, in] · Wᵀ; for a LoRA + u [N, r] · Bᵀ, B [out, r]. Sums over r alone would read and write y once
         more: where W is made anew for a product anyway, u rides in the last columns of x and B in those of W."""
         if self.fp8:
             return fp8_mm([self], x.flatten(0, -2), u, B)[0].view(*x.shape[:-1], -1)
@@ -185,7 +185,7 @@ def multiply_in_fp8(model, device):
 # --- fp8 products ---
 
 def to_e4m3(*parts):
-    """Parts [N, K1], [N, K2], … side by side -> (codes e4m3 [N, K], scale fp32 [N, 1]), about codes * scale. A scale a
+    """Parts [N, K1], [N, K2] … side by side -> (codes e4m3 [N, K], scale fp32 [N, 1]), about codes * scale. A scale a
     row: an outlier costs its own row only."""
     top = functools.reduce(torch.maximum, [p.abs().amax(-1, keepdim=True) for p in parts])
     scale = top.float().clamp(min=1e-12) / 448
@@ -221,7 +221,7 @@ def fp8_mm(layers, x, u=None, B=None):
     return [part.clone() if 4 * part.shape[1] < y.shape[1] else part for part in parts]
 
 def fp8_mm_t(layers, grads, du=None, A=None):
-    """Sum of the layers' g [N, out] · W, + du [N, r] · A, as one product likewise. The rows of W are summed over here,
+    """Sum of the layers' g [N, out] · W, + du [N, r] · A, one product likewise. The rows of W are summed over here,
     so their scales go into g before its cast: the same codes serve both ways."""
     codes, scales = zip(*(layer.e4m3(again=not layer.recomputed) for layer in layers))
     pairs, width = list(zip(grads, scales)), layers[0].in_features

@@ -116,7 +116,7 @@ def _spread(then, files):
     """The lists of _parse, in order, from a process a core: each reads all rows, which is quick, and parses its own."""
     pipes, n = [], min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 16)
     before = gc.get_threshold()
-    gc.set_threshold(10**6)  # here and in all of them: to look for cycles, where there are none, costs a tenth
+    gc.set_threshold(10**6)  # and in what is forked: to look for cycles, where there are none, costs a tenth
     for rank in range(n):
         pipe, end = multiprocessing.Pipe(duplex=False)
         multiprocessing.Process(target=_work, args=(pipe, end, then, files, rank, n), daemon=True).start()

@@ -3,7 +3,7 @@
     python sample.py                                        # a held-out title of the run in out/
     python sample.py --title "Pumpkin bread" --seed 1
     python sample.py --title "Omelette" --ingredients "eggs, butter"
-    python sample.py --prompts titles.txt --json            # a prompt a line, or {"title": …} / {"prompt": …} objects
+    python sample.py --prompts titles.txt --json            # a prompt a line, or {"title": …}, {"prompt": …}
     python sample.py --model org/name --prompt "Once upon"  # no run: a base model as it is
     python sample.py --eval 32                              # base and run side by side on held-out titles
 

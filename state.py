@@ -96,7 +96,7 @@ def read_run(folder):
 
 class Run:
     def __init__(self, folder, resume):
-        """Own the folder. A run that is there already is resumed, or renamed to folder.1, folder.2, …, not deleted."""
+        """Own the folder. A run that is there already is resumed, or renamed to folder.1, .2, …; none is lost."""
         self.folder = Path(folder).resolve()
         if resume and not (self.folder / STATE).exists():
             raise UserError(f"--resume: {self.folder} holds no {STATE} to go on from.")

@@ -230,7 +230,7 @@ def check_gradients(model, params):
 
 
 def lr_at(step, total, cfg):
-    """Learning rate of step 1, 2, … total: linear warm-up, then half a cosine. Never 0, not even at the first step."""
+    """Learning rate of step 1, 2, … total: linear warm-up, then half a cosine. Never 0, not even at first."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / (cfg.warmup_steps + 1)
     done = (step - 1 - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)

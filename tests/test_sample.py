@@ -160,7 +160,7 @@ def test_greedy_text_of_the_default_model_with_an_adapter_is_transformers(defaul
 
 
 def test_a_merged_adapter_is_quantised_with_the_weights(tiny_model, adapter):
-    """NF4 of W + BA: what remains of the adapter after NF4 of the sum is nearer to it than NF4 of (NF4 of W) + BA."""
+    """NF4 is made of the sum W + BA as fp32 has it, not of W before."""
     plain = models.load(tiny_model, make_linear=lora.merging(adapter, quant.make_linear("none"))[0])
     small = models.load(tiny_model, make_linear=lora.merging(adapter, quant.make_linear("nf4"))[0])
     before = models.load(tiny_model)
