@@ -14,6 +14,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,13 +87,15 @@ def read_config(folder):
 # --- the parts of a block ---
 
 class RMSNorm(nn.Module):
+    dtype = None  # of what comes out, and so of the products; None: of what goes in
+
     def __init__(self, C, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x):
-        x32 = x.float()  # the mean of squares overflows fp16 and loses digits in bf16
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+        x32, dtype = x.float(), self.dtype or x.dtype  # the mean of squares overflows fp16 and loses digits in bf16
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(dtype) * self.weight.to(dtype)
 
 def rope_frequencies(cfg):
     """Angle per position of each of the D/2 pairs, [D/2] fp32. Llama 3.1 (`apply_scaling` in its code) slows the pairs
@@ -174,21 +177,23 @@ class Block(nn.Module):
         gate, up = self.project(h, [self.gate_proj, self.up_proj])
         return x + self.project(F.silu(gate) * up, [self.down_proj])[0]
 
+@dataclass
 class Cache:
-    """Keys and values of one block, [B, K, S, D] each, allocated once. A row writes at its own positions, so rows of
+    """Keys and values of one block, allocated once, of which `rows` are written, each at its own positions. So rows of
     different lengths share a batch: what padding left in a row is overwritten before the row's mask reaches it."""
-    def __init__(self, cfg, B, S, device, dtype):
-        shape = B, cfg.num_key_value_heads, S, cfg.head_dim
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+    k: torch.Tensor     # [B, K, S, D]
+    v: torch.Tensor
+    rows: torch.Tensor  # [b]
     def put(self, k, v, pos):
-        """k, v [B, K, T, D] at pos [B, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
-        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
+        """k, v [b, K, T, D] at pos [b, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
+        rows = self.rows[:, None]
         self.k[rows, :, pos], self.v[rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
         return (self.k, self.v) if k.shape[2] == 1 else (k, v)
 
 def new_caches(model, B, S):
-    dtype = model.dtype or model.embed_tokens.weight.dtype
-    return [Cache(model.cfg, B, S, model.lm_head.weight.device, dtype) for _ in model.layers]
+    dtype, device = model.norm.dtype or model.dtype or model.embed_tokens.weight.dtype, model.lm_head.weight.device
+    new = partial(torch.zeros, B, model.cfg.num_key_value_heads, S, model.cfg.head_dim, dtype=dtype, device=device)
+    return [Cache(new(), new(), torch.arange(B, device=device)) for _ in model.layers]
 
 class Llama(nn.Module):
     def __init__(self, cfg, flash=True):
@@ -231,7 +236,6 @@ class Llama(nn.Module):
         return self.norm(x)
 
 # --- the loss ---
-
 def loss_chunk(h, W, targets, scale):
     """(sum of the cross-entropies of h [rows, C], scale * their gradient by the logits [rows, V] in h's dtype). The
     scale goes in while the numbers are fp32: an fp16 gradient of one token among thousands would be cast to 0. A target
@@ -242,7 +246,6 @@ def loss_chunk(h, W, targets, scale):
     loss = (lse - z.gather(-1, targets.clamp(min=0)[:, None])).mul(keep).sum()
     right = torch.arange(W.shape[0], device=W.device) == targets[:, None]
     return loss, z.sub_(lse).exp_().sub_(right.float()).mul_(keep * scale).to(h.dtype)
-
 class ChunkedLoss(torch.autograd.Function):
     """Sum of cross-entropies without the [N, V] logits: chunk by chunk, each with its gradient at once, then forgotten.
     At 8,192 tokens and Llama-3's vocabulary logits and gradient would be 8 GB in fp32; this holds `rows` of them.
@@ -271,7 +274,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dh, dW = ctx.saved_tensors
         return dh if dh is None else dh * grad.to(dh.dtype), dW if dW is None else dW * grad, None, None, None
-
 def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk):
     """scale * sum of the cross-entropies. h [B, T, C] from the model, weight [V, C] of the head, where [N] = b * T + t
     of the positions that predict a target, targets [N] the ids; scale divides by the target tokens of a whole step."""
@@ -279,22 +281,22 @@ def sum_loss(h, weight, where, targets, scale=1.0, fused=True, chunk=loss_chunk)
     if fused:
         return ChunkedLoss.apply(h, weight if torch.is_grad_enabled() else weight.detach(), targets, scale, chunk)
     return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=-1, reduction="sum") * scale
-
-def logits(model, h):  # [..., C] -> [..., V]
-    return F.linear(h, model.lm_head.weight.to(h.dtype))
-
+def logits(model, h):
+    """h [..., C] -> [..., V]. On a GPU in fp32: bf16 rounds what is above 16 to eighths, and the two best to a tie."""
+    W = model.lm_head.weight.to(h.dtype)
+    if h.is_cuda and h.dtype != torch.float32:
+        return torch.mm(h.reshape(-1, h.shape[-1]), W.t(), out_dtype=torch.float32).view(*h.shape[:-1], -1)
+    return F.linear(h, W)
 # --- loading ---
 def plain_linear(name, tensor):
     """The default make_linear: a trainable nn.Linear that owns the tensor."""
     layer = nn.Linear(*tensor.shape[::-1], bias=False, device="meta")
     layer.weight = nn.Parameter(tensor)
     return layer
-
 def hf_name(name):
     """A parameter's name in a Hugging Face checkpoint: layers.0.q_proj -> model.layers.0.self_attn.q_proj."""
     name = re.sub(r"([qkvo]_proj)", r"self_attn.\1", re.sub(r"((?:gate|up|down)_proj)", r"mlp.\1", name))
     return name if name.startswith("lm_head") else f"model.{name}"
-
 def shards(folder):
     """The safetensors files of a folder, by its index if it has one."""
     folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
@@ -307,7 +309,6 @@ def shards(folder):
         if not f.exists():
             raise UserError(f"{folder} lacks {f.name}: fetch the missing file (only safetensors and .gguf are read).")
     return files
-
 def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True):
     """A Llama with the weights of a folder. Each tensor goes from its shard to the device and dtype (None: as stored),
     becomes what make_linear(name, tensor) makes of it, and is forgotten: the peak is the finished model and one tensor.
@@ -338,7 +339,6 @@ def load(folder, device="cpu", dtype=None, make_linear=plain_linear, flash=True)
     if model.cfg.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model
-
 def place(model, name, tensor, make_linear):
     """Put one tensor where it belongs. A block's linear layer is replaced by make_linear's; its bias stays."""
     path, _, leaf = name.rpartition(".")

@@ -119,7 +119,8 @@ class Plain(Frozen):
 
     def product(self, x):
         if x.is_cuda and torch.compiler.is_compiling() and x.numel() == self.in_features:  # one row, when sampling:
-            y = (self.weight.to(x.dtype).float() * x.view(-1).float()).sum(-1)  # a better kernel than cuBLAS has
+            row = x.as_strided(x.shape[-1:], (1,))  # kept: what comes from a view is made anew for each row of W
+            y = (self.weight.to(x.dtype).float() * row.float()).sum(-1)  # a better kernel than cuBLAS has
             return y.to(x.dtype).view(*x.shape[:-1], -1)
         return super().product(x)
 
@@ -158,8 +159,9 @@ class NF4(Frozen):
 
     def product(self, x):
         if x.is_cuda and x.numel() <= 64 * self.in_features:  # few rows, when sampling: decoded as it is read
-            return torch.ops.bitsandbytes.gemm_4bit(x, self.weight, self.shape, self.nested, 64, "nf4", None,
-                                                    self.absmax, self.table, self.offset)
+            y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.weight, self.shape, self.nested, 64, "nf4",
+                                                 None, self.absmax, self.table, self.offset)
+            return y.view(*x.shape[:-1], -1)  # flat: rows with gaps between them would be a product each
         return super().product(x)
 
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}

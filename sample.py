@@ -1,15 +1,14 @@
 """Recipes out of a trained run, or out of any model.
 
     python sample.py                                        # a held-out title of the run in out/
-    python sample.py --title "Pumpkin bread" --seed 1
-    python sample.py --title "Omelette" --ingredients "eggs, butter"
+    python sample.py --title "Omelette" --ingredients "eggs, butter" --seed 1
     python sample.py --prompts titles.txt --json            # a prompt a line, or {"title": …}, {"prompt": …}
     python sample.py --model org/name --prompt "Once upon"  # no run: a base model as it is
     python sample.py --eval 32                              # base and run side by side on held-out titles
 
 Follow one token: `Writer.read` takes prompts into free rows in one pass, `Writer.step` feeds the last token of every
-row to the model, which looks at the keys and values it cached before, `pick` chooses the next, and `write` hands out
-what is finished and fills its row anew.
+row to the model, which looks at the keys and values cached before, `pick` chooses the next, and `write` hands out what
+is finished and fills its row anew.
 """
 import gc
 import json
@@ -18,7 +17,6 @@ import re
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -112,10 +110,10 @@ class Writer:
         V, window, longest = model.cfg.vocab_size, model.cfg.max_position_embeddings, max(map(len, prompts))
         if longest >= window:
             raise UserError(f"a prompt has {longest} tokens, the model's window {window}: shorten it.")
-        self.model, self.cfg, self.device = model, cfg, model.lm_head.weight.device
+        self.model, self.cfg, self.device, self.new = model, cfg, model.lm_head.weight.device, ()
         self.B, self.S = B, _ = min(cfg.batch_size, len(prompts)), min(window, longest + cfg.max_new_tokens)
         self.token, self.pos, self.keys = (torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3))
-        self.seen = torch.zeros(B, V if cfg.repetition_penalty != 1 else 0, dtype=torch.bool, device=self.device)
+        self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)
         self.rows, self.caches = torch.arange(B, device=self.device), models.new_caches(model, B, self.S)
         if cfg.compile:
             began = time.time()
@@ -123,27 +121,35 @@ class Writer:
                 block.compile(dynamic=False)
             self.choose = torch.compile(self.choose, dynamic=False)
             self.step()
-            if self.device.type == "cuda":
-                self.step()  # once more: a first call may still have set something up
-                with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
-                    self.step()
-                self.step = graph.replay
+            self.step()  # a first call may still have set something up
+            self.step = self.record(self.step)
             say("compile", f"{time.time() - began:.1f} s, for {B} row(s) of {self.S} positions")
+    def record(self, work):  # as one CUDA graph, where there are any
+        if not self.cfg.compile or self.device.type != "cuda":
+            return work
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+            work()
+        return graph.replay
     @torch.compiler.set_stance("force_eager")  # each length would be a graph
     def read(self, rows, prompts, numbers):
-        """Take a prompt (token ids) into each of these rows, in one pass, and choose the first token."""
-        n, T, tensor = len(rows), max(map(len, prompts)), partial(torch.tensor, device=self.device)
-        ids = tensor([p + [0] * (T - len(p)) for p in prompts])  # [n, T]; causal: none sees the padding
-        rows, ends, caches = tensor(rows), tensor([len(p) for p in prompts]), models.new_caches(self.model, n, T)
-        h = self.model(ids, torch.arange(T, device=self.device).expand(n, T), caches)
-        for mine, new in zip(self.caches, caches):
-            mine.k[rows, :, :T], mine.v[rows, :, :T] = new.k, new.v
+        """Take a prompt (token ids) into each of these rows, in one pass, and choose the first token. With --compile, a
+        pass of the shape of the one before is recorded, and replayed from then on."""
+        T = min(self.S, -(-max(map(len, prompts)) // 16) * 16)
+        ids = [p + p[-1:] * (T - len(p)) for p in prompts]  # no token sees what follows it
         keys = [noise_key(self.cfg.seed, p, n) for p, n in zip(prompts, numbers)]
-        self.pos[rows], self.keys[rows] = ends, tensor(keys)
-        for row, p in zip(rows if self.seen.numel() else (), prompts):
-            self.seen[row] = False
-            self.seen[row, tensor(p)] = True
-        self.choose(h[torch.arange(n, device=self.device), ends - 1], rows)
+        new = [torch.tensor(x, device=self.device) for x in (ids, rows, [*map(len, prompts)], keys)]  # [n, T], then [n]
+        if [x.shape for x in new] != [x.shape for x in self.new]:
+            self.new, self.take_new = new, self.take
+        elif self.take_new == self.take:
+            self.take_new = self.record(self.take)
+        torch._foreach_copy_(self.new, new)
+        self.take_new()
+    def take(self):
+        ids, rows, ends, keys = self.new
+        h = self.model(ids, caches=[models.Cache(c.k, c.v, rows) for c in self.caches])
+        self.pos[rows], self.keys[rows] = ends, keys
+        self.seen[rows] = torch.zeros_like(self.seen[rows]).scatter_(1, ids, True)
+        self.choose(h[self.rows[:len(rows)], ends - 1], rows)
     def step(self):  # one more token for every row
         h = self.model(self.token[:, None], self.pos[:, None], self.caches)[:, 0]
         self.pos.add_(1).clamp_(max=self.S - 1)  # a row that nobody reads any more stays in its place
@@ -151,37 +157,30 @@ class Writer:
     def choose(self, h, rows):  # h [n, C]
         logits = models.logits(self.model, h)
         self.token[rows] = token = pick(logits, self.cfg, self.keys[rows], self.pos[rows], self.seen[rows])
-        if self.seen.numel():
-            self.seen[rows, token] = True
+        self.seen[rows, token] = token >= 0  # yes; a plain True would come from the host
     def keep(self, rows):  # go on with these only
         self.token, self.pos, self.keys, self.seen = (x[rows] for x in (self.token, self.pos, self.keys, self.seen))
         self.rows, self.B = self.rows[:len(rows)], len(rows)
-        for cache in self.caches:
-            cache.k, cache.v = cache.k[rows], cache.v[rows]
+        self.caches = [models.Cache(c.k[rows], c.v[rows], self.rows) for c in self.caches]
     def send(self):
         """A function that waits for the tokens chosen last, on their way to the host beside what runs next."""
         if self.device.type != "cuda":
             return self.token.tolist
-        host = torch.empty(self.B, dtype=torch.long, pin_memory=True).copy_(self.token, non_blocking=True)
-        event = torch.cuda.current_stream().record_event()
-        return lambda: event.synchronize() or host.tolist()
-
+        host, sent = self.token.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
+        return lambda: sent.synchronize() or host.tolist()
 @torch.no_grad()
 def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
     """Go on from each prompt until one of `ends`. Yields (index of the prompt, new ids without the end token, ended) as
-    texts are finished; the longest prompts are begun first, and a free row takes the next.
-    numbers: which sample of its prompt each is, so that one can be asked for several texts. on_token(index, id) is
-    called as tokens come: on a GPU one step behind, so that it never waits for the host."""
+    texts are finished; the longest prompts are begun first, and a free row takes the next. numbers: which sample of its
+    prompt each is. on_token(index, id) is called as tokens come: on a GPU one step behind, which never waits for it."""
     cfg, numbers = writer.cfg, numbers or [0] * len(prompts)
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    slots, out, sent, lag = [None] * writer.B, {}, deque(), writer.device.type == "cuda"
+    few, slots, out, sent, lag = max(1, writer.B // 8), [None] * writer.B, {}, deque(), writer.device.type == "cuda"
     def settle(whose):  # send what was chosen for these prompts, and take what has come
         sent.append((writer.send(), whose))
         while len(sent) > lag:
             tokens, whose = sent.popleft()
-            for token, i in zip(tokens(), whose):
-                if i not in out:  # nobody's, or finished a step ago
-                    continue
+            for token, i in filter(lambda pair: pair[1] in out, zip(tokens(), whose)):  # others finished a step ago
                 if not (ended := token in ends):
                     out[i].append(token)
                     on_token(i, token)
@@ -190,8 +189,8 @@ def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
                     yield i, out.pop(i), ended
     while waiting or out:
         free = [row for row, i in enumerate(slots) if i is None]
-        if waiting and len(free) >= min(len(waiting), max(1, writer.B // 8)):  # all others wait: for several at once
-            most = max(1, 8192 // len(prompts[waiting[-1]]))  # tokens of a pass: memory
+        if waiting and len(free) >= min(len(waiting), few):  # all others wait: for several at once
+            most = min(few if out else writer.B, max(1, 8192 // len(prompts[waiting[-1]])))  # tokens of a pass: memory
             new = {row: waiting.pop() for row in free[:min(most, len(waiting))]}
             out |= {i: [] for i in new.values()}
             slots = [new.get(row, i) for row, i in enumerate(slots)]
@@ -205,8 +204,8 @@ def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
 def generate(model, prompts, ends, numbers=None, **how):
     """Go on from each prompt, all at once. -> [new ids, without the end token], [ended]; how: fields of Config."""
     writer = Writer(model, prompts, Config(**{"batch_size": len(prompts), **how}))
-    texts = sorted(write(writer, prompts, ends, numbers))
-    return [ids for _, ids, _ in texts], [ended for *_, ended in texts]
+    _, texts, ended = map(list, zip(*sorted(write(writer, prompts, ends, numbers))))
+    return texts, ended
 # --- what is asked, and of whom ---
 def beginning(text, row, chat=False):
     """(token ids, shown text) of what a model is to go on from: {"prompt"}, or {"title", "ingredients"}: a recipe's
@@ -256,7 +255,8 @@ def load(cfg):
     make = quant.make_linear(cfg.quant)
     make, left = lora.merging(folder, make) if cfg.merge else (make, {})
     model = models.load(base, device, kept, make)
-    model.dtype = compute
+    model.dtype = torch.float32  # the residual stream: costs a writer nothing, and halves what bf16 rounds off
+    model.apply(lambda m: isinstance(m, models.RMSNorm) and setattr(m, "dtype", compute))
     if left:
         raise UserError(f"the adapter's {next(iter(left))} has no place in {base}.")
     if adapted and not cfg.merge:

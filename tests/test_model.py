@@ -275,7 +275,7 @@ def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
     prompts = torch.full((3, T), 5)
     for i, (row, n) in enumerate(zip(rows, lengths)):
         prompts[i, :n] = row[:n]
-    caches = [models.Cache(model.cfg, 3, T + more, "cpu", torch.float32) for _ in model.layers]
+    caches = models.new_caches(model, 3, T + more)
     with torch.no_grad():
         h = model(prompts, torch.arange(T).expand(3, T), caches)
         got = [[h[i, n - 1]] for i, n in enumerate(lengths)]
