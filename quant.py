@@ -39,23 +39,18 @@ class Frozen(nn.Module):
     compressed = True  # W is made anew for each product
     joins = True  # mm and mm_t take a LoRA's products along
     recomputed = False  # backward runs forward again, compiled with it: what is decompressed there serves both
-
     def __init__(self, shape):
         super().__init__()
         self.shape = self.out_features, self.in_features = tuple(shape)
         self.bias = self.scale = None  # scale [out, 1]: for fp8
-
     def e4m3(self, again=False):
         return (self.full(torch.bfloat16, again).float() / self.scale).to(torch.float8_e4m3fn), self.scale
-
     def multiply_in_fp8(self):
         if self.scale is None:
             self.scale = row_scale(self.full(torch.bfloat16))
         self.fp8 = True
-
     def product(self, x):
         return x @ self.full(x.dtype).t()
-
     def mm(self, x, u=None, B=None):
         """x [*, in] · Wᵀ; for a LoRA + u [N, r] · Bᵀ, B [out, r]. Sums over r alone would read and write y once
         more: where W is made anew for a product anyway, u rides in the last columns of x and B in those of W."""
@@ -66,7 +61,6 @@ class Frozen(nn.Module):
             return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
         y = self.product(x)
         return y if u is None else add(y, u, B.t())
-
     def mm_t(self, g, du=None, A=None):
         """g [*, out] · W; for a LoRA + du [N, r] · A, A [r, in]: likewise, with A below the rows of W."""
         if self.fp8:
@@ -75,7 +69,6 @@ class Frozen(nn.Module):
         if du is not None and self.compressed and torch.compiler.is_compiling() and self.shape[0] < self.shape[1]:
             return torch.cat((g, pad(du, 1)), 1) @ torch.cat((W, pad(A, 0)))
         return g @ W if du is None else add(g @ W, du, A)
-
     def forward(self, x):
         y = FrozenMatmul.apply(x, self) if torch.is_grad_enabled() else self.mm(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -98,7 +91,6 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, x, layer):
         ctx.layer = layer
         return layer.mm(x)
-
     @staticmethod
     def backward(ctx, grad):
         return ctx.layer.mm_t(grad), None
@@ -109,14 +101,11 @@ def frozen(tensor):
 class Plain(Frozen):
     """W as it was stored, in the dtype it was loaded in; the product is made in x's dtype."""
     compressed = False
-
     def __init__(self, weight):
         super().__init__(weight.shape)
         self.weight = frozen(weight)
-
     def full(self, dtype, again=False):
         return self.weight.to(dtype)
-
     def product(self, x):
         if x.is_cuda and torch.compiler.is_compiling() and x.numel() == self.in_features:  # one row, when sampling:
             row = x.as_strided(x.shape[-1:], (1,))  # kept: what comes from a view is made anew for each row of W
@@ -126,22 +115,18 @@ class Plain(Frozen):
 
 class FP8(Frozen):
     """W in e4m3; each row has a scale that takes its largest magnitude to e4m3's, 448, at most."""
-
     def __init__(self, weight):
         super().__init__(weight.shape)
         self.scale = row_scale(weight)
         self.weight = frozen((weight.float() / self.scale).to(torch.float8_e4m3fn))
-
     def full(self, dtype, again=False):
         return (self.weight.float() * self.scale).to(dtype)
-
     def e4m3(self, again=False):
         return self.weight, self.scale
 
 class NF4(Frozen):
     """W in 4 bits with double quantisation: a block of 64 weights has an absmax; those, less their mean, are kept in 8
     bits, a block of 256 at a time."""
-
     def __init__(self, weight):
         super().__init__(weight.shape)
         ops, table = bitsandbytes(weight.device)
@@ -150,13 +135,12 @@ class NF4(Frozen):
         absmax, nested = ops.quantize_blockwise(absmax - self.offset, table, 256)
         self.weight, self.absmax, self.nested = frozen(codes), frozen(absmax), frozen(nested)
         self.register_buffer("table", table, persistent=False)
-
     def full(self, dtype, again=False):
         codes, absmax = (self.weight.flatten(), self.absmax.flatten()) if again else (self.weight, self.absmax)
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, self.scales(absmax), 64, "nf4", self.shape, dtype)
+    def scales(self, absmax):  # in fp32
         block = torch.arange(len(absmax.flatten()), device=absmax.device) // 256  # one kernel, compiled
-        absmax = self.table[absmax.int()] * self.nested[block] + self.offset
-        return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", self.shape, dtype)
-
+        return self.table[absmax.int()] * self.nested[block] + self.offset
     def product(self, x):
         if x.is_cuda and x.numel() <= 64 * self.in_features:  # few rows, when sampling: decoded as it is read
             y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.weight, self.shape, self.nested, 64, "nf4",
@@ -164,8 +148,27 @@ class NF4(Frozen):
             return y.view(*x.shape[:-1], -1)  # flat: rows with gaps between them would be a product each
         return super().product(x)
 
-KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
+class Joined:
+    """Block.project for sampling in nf4: few rows go through q, k and v in one product, for k's alone is little but its
+    launch. Their codes lie end to end, each layer's are a view; absmax is decoded, as their offsets differ."""
+    def __init__(self, layers):
+        self.codes, self.rows = torch.cat([layer.weight for layer in layers]), [layer.out_features for layer in layers]
+        self.absmax = torch.cat([layer.scales(layer.absmax) for layer in layers])
+        for layer, part in zip(layers, self.codes.split([len(layer.weight) for layer in layers])):
+            layer.weight = frozen(part)
+    def __call__(self, x, layers):
+        if len(layers) < 3 or x.numel() > 64 * x.shape[-1]:
+            return [layer(x) for layer in layers]
+        shape = sum(self.rows), x.shape[-1]
+        y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.codes, shape, self.absmax, 64, "nf4")
+        return [part.view(*x.shape[:-1], -1) for part in y.split(self.rows, 1)]
 
+def join(model):  # where kernels for few rows are
+    for block in model.layers:
+        if (layers := [block.q_proj, block.k_proj, block.v_proj])[0].bias is None and layers[0].weight.is_cuda:
+            block.project = Joined(layers)
+
+KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
 def make_linear(kind):
     """The make_linear of model.load for --quant: (name, tensor) -> a frozen layer."""
     def make(name, tensor):
@@ -240,7 +243,6 @@ def fp8_mm_t(layers, grads, du=None, A=None):
 Frozen.group_mm, Frozen.group_mm_t = staticmethod(fp8_mm), staticmethod(fp8_mm_t)  # how lora.py finds them
 
 # --- bitsandbytes, only where a flag needs it ---
-
 @functools.cache
 def bitsandbytes(device):
     """torch.ops.bitsandbytes and the 256 values of the 8-bit format of absmax, one table for all layers; or an error

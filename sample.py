@@ -132,15 +132,14 @@ class Writer:
         return graph.replay
     @torch.compiler.set_stance("force_eager")  # each length would be a graph
     def read(self, rows, prompts, numbers):
-        """Take a prompt (token ids) into each of these rows, in one pass, and choose the first token. With --compile, a
-        pass of the shape of the one before is recorded, and replayed from then on."""
+        """Take a prompt (token ids) into each of these rows and choose its first new token, all in one pass."""
         T = min(self.S, -(-max(map(len, prompts)) // 16) * 16)
         ids = [p + p[-1:] * (T - len(p)) for p in prompts]  # no token sees what follows it
         keys = [noise_key(self.cfg.seed, p, n) for p, n in zip(prompts, numbers)]
         new = [torch.tensor(x, device=self.device) for x in (ids, rows, [*map(len, prompts)], keys)]  # [n, T], then [n]
         if [x.shape for x in new] != [x.shape for x in self.new]:
             self.new, self.take_new = new, self.take
-        elif self.take_new == self.take:
+        elif self.take_new == self.take:  # the shape of the pass before: from now on it is replayed
             self.take_new = self.record(self.take)
         torch._foreach_copy_(self.new, new)
         self.take_new()
@@ -261,6 +260,8 @@ def load(cfg):
         raise UserError(f"the adapter's {next(iter(left))} has no place in {base}.")
     if adapted and not cfg.merge:
         lora.load(model, folder)
+    elif cfg.quant == "nf4":
+        quant.join(model)
     model.requires_grad_(False).eval()
     gb = sum(p.nbytes for p in model.parameters()) / 1e9  # a tied head counts once
     how = f" + {folder}" * bool(info) + ", merged" * cfg.merge + f", linears in {cfg.quant}" * (cfg.quant != "none")
@@ -300,8 +301,8 @@ def evaluate(cfg):
     prompts = [text.prompt(title) for title in info["titles"][:cfg.eval]]  # as many as the run held out, at most
     rows = [[held.val[at:at + cfg.batch_size]] for at in range(0, len(held.val), cfg.batch_size)]
     for who, which in ("run", {"run": str(folder)}), ("base", {"run": "", "model": str(base), "merge": False}):
-        model, texts, total, count = load(replace(cfg, **which))[0], [], 0.0, 0
-        for _, ids, end in cli.Progress(len(prompts), who).over(write(Writer(model, prompts, cfg), prompts, text.ends)):
+        model, texts, n, total, count = load(replace(cfg, **which))[0], [], len(prompts), 0.0, 0
+        for _, ids, end in cli.Progress(n, who).over(write(Writer(model, prompts, cfg), prompts, text.ends)):
             texts.append((text.decode(ids), end))
         with torch.compiler.set_stance("force_eager"):  # each length would be a graph
             for batch, in data.feed(held, rows, model.lm_head.weight.device, had["mask_prompt"]):
@@ -311,8 +312,7 @@ def evaluate(cfg):
         torch.compiler.reset()
         gc.collect()  # what is compiled refers to itself: two models would be in memory
     table = "".join(f"\n{what:<24}{value:>10.3f}{out['run'][what]:>10.3f}" for what, value in out["base"].items())
-    head = f"{len(prompts):>4} held-out titles    {'base':>10}{'run':>10}"
-    print(json.dumps({"asked": len(prompts), **out}) if cfg.json else head + table)
+    print(json.dumps({"asked": n, **out}) if cfg.json else f"{n:>4} held-out titles{'base':>14}{'run':>10}{table}")
 # --- python sample.py ---
 def answer(cfg):
     """Write what is asked for: one text as it comes, or all in the order of their prompts."""

@@ -199,3 +199,17 @@ def test_bitsandbytes_comes_only_where_it_is_needed_and_without_a_warning():
            "quant.bitsandbytes(torch.device('cpu')); assert 'bitsandbytes' in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("N", [1, 3, 70])
+def test_joined_projections_are_those_of_each_layer(N):
+    """Attention's three projections as one product: the same numbers, and layers that are still themselves."""
+    g = torch.Generator().manual_seed(0)
+    layers = [quant.NF4(torch.randn(rows, 128, generator=g)) for rows in (256, 64, 64)]
+    before = [layer.full(torch.float32) for layer in layers]
+    joined, x = quant.Joined(layers), torch.randn(N, 1, 128, generator=g)
+    got = joined(x, layers)
+    assert all(torch.equal(layer.full(torch.float32), W) for layer, W in zip(layers, before))
+    assert all(layer.weight.untyped_storage().data_ptr() == joined.codes.data_ptr() for layer in layers)
+    for y, W in zip(got, before, strict=True):
+        torch.testing.assert_close(y, (x.double() @ W.double().t()).float(), rtol=1e-4, atol=1e-4)
