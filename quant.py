@@ -127,6 +127,7 @@ class FP8(Frozen):
 class NF4(Frozen):
     """W in 4 bits with double quantisation: a block of 64 weights has an absmax; those, less their mean, are kept in 8
     bits, a block of 256 at a time."""
+    few = 0  # rows, when sampling on a GPU: there is a kernel for those
     def __init__(self, weight):
         super().__init__(weight.shape)
         ops, table = bitsandbytes(weight.device)
@@ -142,7 +143,7 @@ class NF4(Frozen):
         block = torch.arange(len(absmax.flatten()), device=absmax.device) // 256  # one kernel, compiled
         return self.table[absmax.int()] * self.nested[block] + self.offset
     def product(self, x):
-        if x.is_cuda and x.numel() <= 64 * self.in_features:  # few rows, when sampling: decoded as it is read
+        if self.few and x.numel() <= self.few * self.in_features:  # decoded as it is read
             y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.weight, self.shape, self.nested, 64, "nf4",
                                                  None, self.absmax, self.table, self.offset)
             return y.view(*x.shape[:-1], -1)  # flat: rows with gaps between them would be a product each
@@ -157,17 +158,17 @@ class Joined:
         for layer, part in zip(layers, self.codes.split([len(layer.weight) for layer in layers])):
             layer.weight = frozen(part)
     def __call__(self, x, layers):
-        if len(layers) < 3 or x.numel() > 64 * x.shape[-1]:
+        if len(layers) < 3 or x.numel() > layers[0].few * x.shape[-1]:
             return [layer(x) for layer in layers]
         shape = sum(self.rows), x.shape[-1]
         y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.codes, shape, self.absmax, 64, "nf4")
         return [part.view(*x.shape[:-1], -1) for part in y.split(self.rows, 1)]
 
-def join(model):  # where kernels for few rows are
-    for block in model.layers:
-        if (layers := [block.q_proj, block.k_proj, block.v_proj])[0].bias is None and layers[0].weight.is_cuda:
-            block.project = Joined(layers)
-
+def for_writing(model, adapted):
+    for block in model.layers if model.lm_head.weight.is_cuda else ():
+        block.apply(lambda layer: isinstance(layer, NF4) and setattr(layer, "few", 64))
+        if not adapted and block.q_proj.bias is None:
+            block.project = Joined([block.q_proj, block.k_proj, block.v_proj])
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
 def make_linear(kind):
     """The make_linear of model.load for --quant: (name, tensor) -> a frozen layer."""
@@ -188,7 +189,6 @@ def multiply_in_fp8(model, device):
         layer.multiply_in_fp8()
 
 # --- fp8 products ---
-
 def to_e4m3(*parts):
     """Parts [N, K1], [N, K2] … side by side -> (codes e4m3 [N, K], scale fp32 [N, 1]), about codes * scale. A scale a
     row: an outlier costs its own row only."""

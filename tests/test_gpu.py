@@ -281,6 +281,7 @@ def test_products_of_few_rows(kind, dtype, bound, N):
     want = x.double() @ layer.full(torch.float32).double().t()
     products = [layer.mm]
     if kind == "nf4":
+        layer.few = 64
         joined = quant.Joined([layer, *(quant.NF4(layer.full(dtype)[:n]) for n in (64, 128))])
         products.append(lambda x: joined(x, [layer] * 3)[0])
     with torch.no_grad():
