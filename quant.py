@@ -38,6 +38,7 @@ class Frozen(nn.Module):
     fp8 = False  # --fp8: how it is multiplied, whatever it is kept as
     compressed = True  # W is made anew for each product
     joins = True  # mm and mm_t take a LoRA's products along
+    few = 0  # rows for which there are other ways, when sampling; a training batch as short would be a graph of its own
     recomputed = False  # backward runs forward again, compiled with it: what is decompressed there serves both
     def __init__(self, shape):
         super().__init__()
@@ -57,7 +58,7 @@ class Frozen(nn.Module):
         if self.fp8:
             return fp8_mm([self], x.flatten(0, -2), u, B)[0].view(*x.shape[:-1], -1)
         wide = self.compressed and torch.compiler.is_compiling() and self.shape[0] > self.shape[1]
-        if u is not None and wide and x.shape[0] > 64:
+        if u is not None and wide and x.shape[0] > self.few:
             return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
         y = self.product(x)
         return y if u is None else add(y, u, B.t())
@@ -127,7 +128,6 @@ class FP8(Frozen):
 class NF4(Frozen):
     """W in 4 bits with double quantisation: a block of 64 weights has an absmax; those, less their mean, are kept in 8
     bits, a block of 256 at a time."""
-    few = 0  # rows, when sampling on a GPU: there is a kernel for those
     def __init__(self, weight):
         super().__init__(weight.shape)
         ops, table = bitsandbytes(weight.device)
@@ -143,7 +143,7 @@ class NF4(Frozen):
         block = torch.arange(len(absmax.flatten()), device=absmax.device) // 256  # one kernel, compiled
         return self.table[absmax.int()] * self.nested[block] + self.offset
     def product(self, x):
-        if self.few and x.numel() <= self.few * self.in_features:  # decoded as it is read
+        if self.few and x.is_cuda and x.numel() <= self.few * self.in_features:  # decoded as it is read
             y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.weight, self.shape, self.nested, 64, "nf4",
                                                  None, self.absmax, self.table, self.offset)
             return y.view(*x.shape[:-1], -1)  # flat: rows with gaps between them would be a product each
@@ -164,10 +164,10 @@ class Joined:
         y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.codes, shape, self.absmax, 64, "nf4")
         return [part.view(*x.shape[:-1], -1) for part in y.split(self.rows, 1)]
 
-def for_writing(model, adapted):
-    for block in model.layers if model.lm_head.weight.is_cuda else ():
-        block.apply(lambda layer: isinstance(layer, NF4) and setattr(layer, "few", 64))
-        if not adapted and block.q_proj.bias is None:
+def for_writing(model):
+    for block in model.layers:
+        block.apply(lambda layer: isinstance(layer, Frozen) and setattr(layer, "few", 64))
+        if isinstance(block.q_proj, NF4) and block.q_proj.weight.is_cuda and block.q_proj.bias is None:
             block.project = Joined([block.q_proj, block.k_proj, block.v_proj])
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
 def make_linear(kind):

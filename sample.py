@@ -260,8 +260,7 @@ def load(cfg):
         raise UserError(f"the adapter's {next(iter(left))} has no place in {base}.")
     if adapted and not cfg.merge:
         lora.load(model, folder)
-    if cfg.quant == "nf4":
-        quant.for_writing(model, adapted and not cfg.merge)
+    quant.for_writing(model)
     model.requires_grad_(False).eval()
     gb = sum(p.nbytes for p in model.parameters()) / 1e9  # a tied head counts once
     how = f" + {folder}" * bool(info) + ", merged" * cfg.merge + f", linears in {cfg.quant}" * (cfg.quant != "none")
