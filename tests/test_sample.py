@@ -12,6 +12,7 @@ import cli
 import data
 import lora
 import model as models
+import plan
 import quant
 import sample
 
@@ -97,6 +98,21 @@ def adapter(tiny_model, tmp_path_factory):
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(lora.PARENT), init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(folder := tmp_path_factory.mktemp("adapter"))
     return folder
+
+
+def test_a_writer_in_bf16_keeps_its_residual_stream_in_fp32(tmp_path, monkeypatch):
+    """A block adds little to what came before it, of which bf16 would round off much; the products stay bf16."""
+    monkeypatch.setattr(plan, "pick_dtype", lambda name, device: (torch.bfloat16, torch.bfloat16, "as asked"))
+    make_model(tmp_path, layers=12, vocab=300)
+    cfg, ids = sample.Config(model=str(tmp_path), device="cpu"), torch.arange(5, 69)[None]
+    with torch.no_grad():
+        kept = sample.load(cfg)[0]
+        rounded = models.load(tmp_path, dtype=torch.bfloat16)
+        exact = models.load(tmp_path, dtype=torch.bfloat16).double()
+        want = exact(ids)
+        h = kept(ids)
+        assert h.dtype == torch.bfloat16 and models.new_caches(kept, 1, 8)[0].k.dtype == torch.bfloat16
+        assert (h - want).norm() < 0.9 * (rounded(ids) - want).norm()
 
 
 def with_adapter(folder, adapter, kind, merged):
