@@ -108,7 +108,7 @@ class Plain(Frozen):
     def full(self, dtype, again=False):
         return self.weight.to(dtype)
     def product(self, x):
-        if x.is_cuda and torch.compiler.is_compiling() and x.numel() == self.in_features:  # one row, when sampling:
+        if self.few and x.is_cuda and torch.compiler.is_compiling() and x.numel() == self.in_features:  # one row:
             row = x.as_strided(x.shape[-1:], (1,))  # kept: what comes from a view is made anew for each row of W
             y = (self.weight.to(x.dtype).float() * row.float()).sum(-1)  # a better kernel than cuBLAS has
             return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -167,7 +167,8 @@ class Joined:
 def for_writing(model):
     for block in model.layers:
         block.apply(lambda layer: isinstance(layer, Frozen) and setattr(layer, "few", 64))
-        if isinstance(block.q_proj, NF4) and block.q_proj.weight.is_cuda and block.q_proj.bias is None:
+        kinds = {type(layer) for layer in block.children() if hasattr(layer, "mm")}  # an adapter has its own project
+        if kinds == {NF4} and block.q_proj.weight.is_cuda and block.q_proj.bias is None:
             block.project = Joined([block.q_proj, block.k_proj, block.v_proj])
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
 def make_linear(kind):
@@ -241,7 +242,6 @@ def fp8_mm_t(layers, grads, du=None, A=None):
     return add(dx, du, A) if apart else dx
 
 Frozen.group_mm, Frozen.group_mm_t = staticmethod(fp8_mm), staticmethod(fp8_mm_t)  # how lora.py finds them
-
 # --- bitsandbytes, only where a flag needs it ---
 @functools.cache
 def bitsandbytes(device):

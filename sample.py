@@ -122,14 +122,13 @@ class Writer:
             self.choose = torch.compile(self.choose, dynamic=False)
             self.step()
             self.step()  # a first call may still have set something up
-            self.step = self.record(self.step)
+            self.step = self.record(self.step) or self.step
             say("compile", f"{time.time() - began:.1f} s, for {B} row(s) of {self.S} positions")
     def record(self, work):  # as one CUDA graph, where there are any
-        if not self.cfg.compile or self.device.type != "cuda":
-            return work
-        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
-            work()
-        return graph.replay
+        if self.cfg.compile and self.device.type == "cuda":
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+                work()
+            return graph.replay
     @torch.compiler.set_stance("force_eager")  # each length would be a graph
     def read(self, rows, prompts, numbers):
         """Take a prompt (token ids) into each of these rows and choose its first new token, all in one pass."""
@@ -138,11 +137,11 @@ class Writer:
         keys = [noise_key(self.cfg.seed, p, n) for p, n in zip(prompts, numbers)]
         new = [torch.tensor(x, device=self.device) for x in (ids, rows, [*map(len, prompts)], keys)]  # [n, T], then [n]
         if [x.shape for x in new] != [x.shape for x in self.new]:
-            self.new, self.take_new = new, self.take
-        elif self.take_new == self.take:  # the shape of the pass before: from now on it is replayed
-            self.take_new = self.record(self.take)
+            self.new, self.replay = new, None
+        elif not self.replay:  # the shape of the pass before
+            self.replay = self.record(self.take)
         torch._foreach_copy_(self.new, new)
-        self.take_new()
+        (self.replay or self.take)()
     def take(self):
         ids, rows, ends, keys = self.new
         h = self.model(ids, caches=[models.Cache(c.k, c.v, rows) for c in self.caches])

@@ -1,11 +1,13 @@
 """How fast text is written, ours beside transformers and Unsloth, on the same random weights and the same prompts.
 
-    python tests/sampling_speed.py .cache/bench/8b ours:1:none ours:1:nf4 ours:32:none static:1:none unsloth:1:none
+    python tests/sampling_speed.py .cache/bench/8b ours:1:none ours:1:nf4 ours:32:none static:1:none
+    python tests/sampling_speed.py .cache/bench/8b unsloth-graphs:1:none
 
 The folder is made if it is not there (a GPU and 16 GB of disk). who:batch:kind, who being ours (compiled, one graph a
 token), eager (ours without), dynamic and static (transformers' caches), unsloth and unsloth-graphs (its decoding in
-CUDA graphs); a process for each that patches others. Prompts of 64 tokens, 256 new ones, greedy, nothing ends a text. A
-line of JSON each: tok_s counts all from the prompt on, decode_tok_s from the first token on.
+CUDA graphs); each of these two in a process of its own, as Unsloth patches transformers. Prompts of 64 tokens, 256 new
+ones, greedy, nothing ends a text. A line of JSON each: tok_s counts all from the prompt on, decode_tok_s from the first
+token on.
 """
 
 import gc
@@ -90,6 +92,8 @@ def main():
         os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = "1"
     if any(row.startswith("unsloth") for row in rows):
         import unsloth as _  # noqa: F401 (before all others)
+    if len({row.split(":")[0] if row.startswith("unsloth") else "" for row in rows}) > 1:
+        raise SystemExit("unsloth and unsloth-graphs each in a process of its own: they patch the others")
     import torch
 
     import bench

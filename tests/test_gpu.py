@@ -279,9 +279,8 @@ def test_products_of_few_rows(kind, dtype, bound, N):
     layer = quant.make_linear(kind)("q_proj", torch.randn(1024, 4096, device="cuda", generator=g).mul(0.02).to(dtype))
     x = torch.randn(N, 1, 4096, device="cuda", generator=g).to(dtype)
     want = x.double() @ layer.full(torch.float32).double().t()
-    products = [layer.mm]
+    products, layer.few = [layer.mm], 64
     if kind == "nf4":
-        layer.few = 64
         joined = quant.Joined([layer, *(quant.NF4(layer.full(dtype)[:n]) for n in (64, 128))])
         products.append(lambda x: joined(x, [layer] * 3)[0])
     with torch.no_grad():
