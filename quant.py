@@ -164,7 +164,7 @@ class Joined:
         y = torch.ops.bitsandbytes.gemm_4bit(x.flatten(0, -2), self.codes, shape, self.absmax, 64, "nf4")
         return [part.view(*x.shape[:-1], -1) for part in y.split(self.rows, 1)]
 
-def for_writing(model):
+def for_writing(model):  # few rows at a time from here on
     for block in model.layers:
         block.apply(lambda layer: isinstance(layer, Frozen) and setattr(layer, "few", 64))
         kinds = {type(layer) for layer in block.children() if hasattr(layer, "mm")}  # an adapter has its own project

@@ -142,7 +142,7 @@ class Writer:
             self.replay = self.record(self.take)
         torch._foreach_copy_(self.new, new)
         (self.replay or self.take)()
-    def take(self):
+    def take(self):  # what `read` has put into self.new
         ids, rows, ends, keys = self.new
         h = self.model(ids, caches=[models.Cache(c.k, c.v, rows) for c in self.caches])
         self.pos[rows], self.keys[rows] = ends, keys
@@ -166,6 +166,7 @@ class Writer:
             return self.token.tolist
         host, sent = self.token.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
         return lambda: sent.synchronize() or host.tolist()
+
 @torch.no_grad()
 def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
     """Go on from each prompt until one of `ends`. Yields (index of the prompt, new ids without the end token, ended) as
@@ -253,7 +254,7 @@ def load(cfg):
     make = quant.make_linear(cfg.quant)
     make, left = lora.merging(folder, make) if cfg.merge else (make, {})
     model = models.load(base, device, kept, make)
-    model.dtype = torch.float32  # the residual stream: costs a writer nothing, and halves what bf16 rounds off
+    model.dtype = torch.float32  # the residual stream: costs a writer nothing, and less is rounded off
     model.apply(lambda m: isinstance(m, models.RMSNorm) and setattr(m, "dtype", compute))
     if left:
         raise UserError(f"the adapter's {next(iter(left))} has no place in {base}.")

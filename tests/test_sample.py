@@ -1,7 +1,9 @@
 """Sampling: against transformers' greedy search, its distribution, its stops, batches, streaming, mistakes."""
 
+import gc
 import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -113,6 +115,22 @@ def test_a_writer_in_bf16_keeps_its_residual_stream_in_fp32(tmp_path, monkeypatc
         h = kept(ids)
         assert h.dtype == torch.bfloat16 and models.new_caches(kept, 1, 8)[0].k.dtype == torch.bfloat16
         assert (h - want).norm() < 0.9 * (rounded(ids) - want).norm()
+
+
+def test_a_writer_goes_with_its_last_name(tiny):
+    """Its caches are the largest thing beside the weights: they must not wait for the collector of cycles."""
+    model, text = tiny
+    prompts = [text.prompt(p) for p in PROMPTS]
+    gc.collect()
+    gc.disable()
+    try:
+        writer = sample.Writer(model, prompts, sample.Config(batch_size=2, max_new_tokens=5))
+        assert len(list(sample.write(writer, prompts, {1}))) == len(prompts)
+        gone = weakref.ref(writer)
+        del writer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def with_adapter(folder, adapter, kind, merged):

@@ -36,7 +36,7 @@ def main(run, file, rows=64, alone=50):
             cfg.batch_size = 1
             mine = [prompts[i] for i in some]
             single = {some[i]: ids for i, ids, _ in sample.write(sample.Writer(model, mine, cfg), mine, text.ends)}
-            gaps, model = [], model.float()  # the same weights, multiplied exactly
+            gaps, model = [], model.float()  # the same weights, multiplied in fp32
             model.apply(lambda m: setattr(m, "dtype", torch.float32) if isinstance(m, sample.models.RMSNorm) else None)
             for i in some:
                 if out[i] != single[i]:
