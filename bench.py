@@ -44,6 +44,7 @@ ROWS = {  # row: what, its lengths, recipes in a batch, flags
 
 @dataclass
 class Config:
+    # fmt: off
     shape: str = "8b"                  # 8b, 1b, tiny: the widths of the random model
     rows: list[str] = field(default_factory=lambda: list(ROWS))  # which rows
     steps: int = 14                    # optimiser steps a row; the first three are not counted
@@ -51,6 +52,7 @@ class Config:
     peer: str = ""                     # be that peer, in this process (bench.py starts itself so)
     cache: str = ".cache"              # the made-up model and recipes
     device: str = "auto"               # as train.py's
+    # fmt: on
 
 
 # --- what is trained, on what ---

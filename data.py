@@ -32,6 +32,7 @@ NEVER, PROMPT = 1 << 31, 1 << 30  # bits of a stored token that is never a targe
 ROW = np.dtype([("start", "u8"), ("length", "u4"), ("key", "u8")])  # of rows.bin: where in tokens.bin; recipes.key()
 @dataclass
 class Data:
+    # fmt: off
     model: str = ""                    # base model: folder, .gguf file or org/name on the hub; none: SmolLM2-135M
     data: list[str] = field(default_factory=list)      # recipe files (.json .jsonl .csv, also .gz); none: Wikibooks
     val_data: list[str] = field(default_factory=list)  # files of held-out recipes; none: a share of --data is held out
@@ -45,6 +46,7 @@ class Data:
     clean: bool = True                 # apply the rules; --no-clean takes every recipe as it is
     seed: int = 1                      # of the held-out choice, the order of batches, the adapter's start and dropout
     cache: str = ".cache"              # downloads, converted models, tokens; beside the code unless absolute
+    # fmt: on
     @property
     def budget(self):  # tokens of a packed row, whole tiles of a kernel; 0: not packed
         return -(-(self.batch_tokens or 4096) // 8) * 8 if self.batching == "packed" else 0
@@ -294,9 +296,11 @@ def feed(heap, steps, device, mask_prompt, budget=0, n=4):
 # --- python data.py ---
 @dataclass
 class Show:
+    # fmt: off
     json: bool = False                 # the account as JSON on stdout
     show: int = 0                      # print this many recipes with their target tokens coloured
     to: str = ""                       # write the recipes here, always cleaned, .jsonl or .jsonl.gz
+    # fmt: on
 def print_account(a):
     print(f"read         {a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired",
           *(f"{'':17}bad: {example}" for example in a["bad_examples"]), sep="\n")

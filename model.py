@@ -28,6 +28,7 @@ from cli import UserError
 
 @dataclass
 class ModelConfig:
+    # fmt: off
     vocab_size: int                      # V
     hidden_size: int                     # C
     intermediate_size: int               # F
@@ -42,6 +43,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    # fmt: on
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 

@@ -202,6 +202,7 @@ def repair(recipe):
 @dataclass
 class Rules:
     """The bounds. Stubs teach a model to stop early; a list of thirty ingredients is mostly several recipes in one."""
+    # fmt: off
     min_words: int = 25        # drop recipes of fewer words (title, ingredients and directions)
     max_words: int = 600       # drop recipes of more words
     min_ingredients: int = 2   # drop recipes of fewer ingredients
@@ -210,6 +211,7 @@ class Rules:
     max_similar: float = 0.8   # drop recipes as like an earlier one (Jaccard of 3-word runs); 2: none
     min_share: float = 1e-5    # drop recipes with an ingredient that fewer have (share of a heap of 50,000 or more)
     min_mentioned: float = 0.2  # drop recipes of 4 or more ingredients if the directions name a smaller share of them
+    # fmt: on
 Heap = namedtuple("Heap", "rules common near", defaults=(None, None))  # what a rule knows: bounds, common(), a Near
 def _words(r):
     return len(" ".join([r.title, *r.ingredients, *r.directions, r.prompt or "", r.completion or ""]).split())

@@ -38,6 +38,7 @@ from cli import UserError, say
 
 @dataclass
 class Config:
+    # fmt: off
     run: str = ""                      # folder of a run, or its best/; out where no --model is named
     model: str = ""                    # a base model without a run (folder, .gguf, org/name); with --run: its base
     title: str = ""                    # title of the recipe to write; none: one that the run held out
@@ -62,6 +63,7 @@ class Config:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # arithmetic
     device: str = "auto"               # cuda, mps, cpu
     cache: str = ".cache"              # downloads and converted models; beside the code unless absolute
+    # fmt: on
 def check(cfg):
     cli.bound(cfg, num_samples=(1, 10**6), temperature=(0, 100), top_k=0, top_p=(1e-6, 1), min_p=(0, 1), eval=0,
               repetition_penalty=(0.01, 100), max_new_tokens=1, batch_size=1, seed=(0, 2**63))

@@ -37,6 +37,7 @@ from sample import generate
 
 @dataclass
 class Config(data.Data):  # data.py has the flags of the data: --model --data â€¦ --batch_tokens --seed --cache
+    # fmt: off
     out: str = "out"                   # the run's folder: adapter, best/, metrics.jsonl, curve.png, state
     resume: bool = False               # go on with the run in --out, with its flags
     init_adapter: str = ""             # begin with this adapter (PEFT format) in place of an untrained one
@@ -71,6 +72,7 @@ class Config(data.Data):  # data.py has the flags of the data: --model --data â€
     # --- watching ---
     eval_every: int = 30               # steps between evaluations on the held-out recipes
     save_every: int = 50               # steps between saves of adapter and state
+    # fmt: on
 
 
 # what a resumed run may change: everything else would make it another run

@@ -41,9 +41,8 @@ def test_there_are_commands_to_check():
     assert "train.py --lora_r 16 --compile --grad_ckpt" in commands() and len(commands()) > 10
 
 
-def test_the_file_table_has_every_file_with_its_lines():
-    rows = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    assert rows == {f.name: str(len(f.read_text(encoding="utf-8").splitlines())) for f in ROOT.glob("*.py")}
+def test_the_file_table_has_every_file():
+    assert set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE)) == {f.name for f in ROOT.glob("*.py")}
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", README))))
