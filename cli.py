@@ -3,6 +3,7 @@
 A parser made from dataclasses (one definition of a flag, its default and its help), receipts and progress on stderr,
 and the one exception for a user's mistake, which becomes a sentence and an exit code instead of a traceback.
 """
+
 import argparse
 import dataclasses
 import errno
@@ -26,7 +27,9 @@ class Parser(argparse.ArgumentParser):
 
 def helps(config):
     """{field: its comment}: the comment behind a field in the source is its help text, so it is written once."""
-    sources = "".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))  # inherited fields first
+    sources = "".join(
+        inspect.getsource(c) for c in reversed(config.__mro__[:-1])
+    )  # inherited fields first
     return dict(re.findall(r"^    (\w+): [^#\n]*?(?:# *(.*))?$", sources, re.MULTILINE))
 
 
@@ -35,8 +38,13 @@ def add_flags(parser, config):
     group, text = parser.add_argument_group(config.__name__), helps(config)
     for f in dataclasses.fields(config):
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        kind, how = f.type, {"default": default, "dest": f.name, "help": text.get(f.name, "").replace("%", "%%")}
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:  # `str | None`: a str
+        kind, how = (
+            f.type,
+            {"default": default, "dest": f.name, "help": text.get(f.name, "").replace("%", "%%")},
+        )
+        if (
+            isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        ):  # `str | None`: a str
             kind = next(t for t in typing.get_args(kind) if t is not type(None))
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -52,18 +60,25 @@ def add_flags(parser, config):
 def parse(doc, *configs, argv=None, defaults=None):
     """One instance of each dataclass in `configs`, filled from the command line. Unknown or shortened flags are errors.
     defaults {field: value} stand in for the dataclasses' own: a resumed run has those it was started with."""
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for config in configs:
         add_flags(parser, config)
     parser.set_defaults(**(defaults or {}))
     got = vars(parser.parse_args(argv))
-    return [config(**{f.name: got[f.name] for f in dataclasses.fields(config)}) for config in configs]
+    return [
+        config(**{f.name: got[f.name] for f in dataclasses.fields(config)}) for config in configs
+    ]
 
 
 def bound(config, **bounds):
     """A UserError for a numeric flag outside its bounds: bound(cfg, lr=(0, 1), n=1) wants 0 <= lr <= 1, 1 <= n."""
     for name, limits in bounds.items():
-        value, (low, high) = getattr(config, name), limits if isinstance(limits, tuple) else (limits, float("inf"))
+        value, (low, high) = (
+            getattr(config, name),
+            limits if isinstance(limits, tuple) else (limits, float("inf")),
+        )
         if not low <= value <= high:  # also false for nan
             most = "" if high == float("inf") else f" and at most {high}"
             raise UserError(f"--{name} {value} is out of range: it must be at least {low}{most}.")
@@ -74,7 +89,15 @@ def say(what, text=""):
     print(f"{what:<12} {text}".rstrip(), file=sys.stderr, flush=True)
 
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EEXIST, errno.ENOTDIR)
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EEXIST,
+    errno.ENOTDIR,
+)
 
 
 def run(main):
@@ -97,7 +120,9 @@ def run(main):
         print(message, file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # what could not be written would fail once more at Python's exit, with a traceback
+    except (
+        OSError
+    ):  # what could not be written would fail once more at Python's exit, with a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -110,7 +135,10 @@ class Progress:
         self.done, self.began, self.last, self.bar = 0, time.time(), time.time(), None
         if sys.stderr.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False)
+
+            self.bar = tqdm(
+                total=total, desc=what, file=sys.stderr, dynamic_ncols=True, leave=False
+            )
 
     def step(self, n=1, text=""):
         self.done += n
@@ -119,7 +147,11 @@ class Progress:
             self.bar.update(n)
         elif time.time() - self.last >= self.every or self.done == self.total:
             self.last = time.time()
-            left = (self.last - self.began) / max(self.done, 1) * ((self.total or self.done) - self.done)
+            left = (
+                (self.last - self.began)
+                / max(self.done, 1)
+                * ((self.total or self.done) - self.done)
+            )
             of = f"/{self.total}  {text}  {left:.0f} s left" if self.total else f"  {text}"
             say(self.what, f"{self.done}{of}")
 

@@ -10,6 +10,7 @@
 What makes a resume exact: the trained tensors, the optimiser's, the random generators and the JSON beside them lie in
 ONE file, which appears in one rename. A run killed between any two writes goes on from the last whole state.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -28,11 +29,18 @@ from cli import UserError, say
 try:
     import fcntl
 except ImportError:  # Windows
-    raise SystemExit("error: this program needs Linux or macOS; on Windows run it under WSL.") from None
+    raise SystemExit(
+        "error: this program needs Linux or macOS; on Windows run it under WSL."
+    ) from None
 
 STATE = "state.safetensors"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
-MADE_HERE = (STATE, *WEIGHTS, *(f"best/{name}" for name in WEIGHTS))  # a folder with none of these holds no run
+MADE_HERE = (
+    STATE,
+    *WEIGHTS,
+    *(f"best/{name}" for name in WEIGHTS),
+)  # a folder with none of these holds no run
+
 
 @contextlib.contextmanager
 def atomic(path):
@@ -53,9 +61,11 @@ def atomic(path):
     finally:
         beside.unlink(missing_ok=True)
 
+
 def write_json(path, value):
     with atomic(path) as beside:
         beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
 
 def write_tensors(path, tensors, metadata=None):
     """{name: tensor} as safetensors, from any device. A full disk is an OSError like any other."""
@@ -66,6 +76,7 @@ def write_tensors(path, tensors, metadata=None):
         except SafetensorError as e:
             number = re.search(r"os error (\d+)", str(e))
             raise OSError(int(number[1]) if number else errno.EIO, str(e), str(path)) from None
+
 
 def fingerprint(folder):
     """A model folder's identity in a fraction of a second: config.json, and of each shard its size and 64 kB at 65
@@ -82,6 +93,7 @@ def fingerprint(folder):
                 digest.update(f.read(65536))
     return digest.hexdigest()[:16]
 
+
 def read_run(folder):
     """run.json of a run's folder, or of its best/'s run, for who samples from it."""
     try:
@@ -90,9 +102,12 @@ def read_run(folder):
         info["config"]["model"], info["base_fingerprint"], info["titles"][0]
         return info
     except StopIteration:
-        raise UserError(f"{folder} holds no run: make one, `python train.py`, or name a --run or --model.") from None
+        raise UserError(
+            f"{folder} holds no run: make one, `python train.py`, or name a --run or --model."
+        ) from None
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise UserError(f"{path} cannot be read as a run's ({e!r}).") from None
+
 
 class Run:
     def __init__(self, folder, resume):
@@ -105,8 +120,14 @@ class Run:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"--out {folder} is a file, or lies in one; name a folder.") from None
         self.lock = self.own()
-        if not resume and self.folder == Path.cwd() and any((self.folder / name).exists() for name in MADE_HERE):
-            raise UserError(f"--out {folder} is the current folder and holds a run: name another --out.")
+        if (
+            not resume
+            and self.folder == Path.cwd()
+            and any((self.folder / name).exists() for name in MADE_HERE)
+        ):
+            raise UserError(
+                f"--out {folder} is the current folder and holds a run: name another --out."
+            )
         if not resume and any((self.folder / name).exists() for name in MADE_HERE):
             n = 1
             while (old := self.folder.with_name(f"{self.folder.name}.{n}")).exists():
@@ -117,7 +138,9 @@ class Run:
             self.old_lock, self.lock = self.lock, self.own()
         self.metrics = None
         if not resume:
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that stopped before its first save
+            (self.folder / "metrics.jsonl").unlink(
+                missing_ok=True
+            )  # of a run that stopped before its first save
 
     def own(self):
         """flock is let go by the system when a process dies, however it dies: no stale lock to remove by hand."""
@@ -125,7 +148,9 @@ class Run:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is training in {self.folder}; wait, or choose another --out.") from None
+            raise UserError(
+                f"another process is training in {self.folder}; wait, or choose another --out."
+            ) from None
         return lock
 
     def write_json(self, name, value):
@@ -157,7 +182,9 @@ class Run:
     def forget_after(self, step):
         """Drop the metrics of steps that will be made again."""
         lines = [line for line in self.history() if line["step"] <= step]
-        self.metrics = self.metrics and self.metrics.close()  # it is open on the file that is replaced now
+        self.metrics = (
+            self.metrics and self.metrics.close()
+        )  # it is open on the file that is replaced now
         with atomic(self.folder / "metrics.jsonl") as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -169,7 +196,9 @@ class Run:
         scalars = {}
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             for key, value in optimizer.state[p].items():
-                if isinstance(value, torch.Tensor):  # bitsandbytes' tables are one tensor for all: not in safetensors
+                if isinstance(
+                    value, torch.Tensor
+                ):  # bitsandbytes' tables are one tensor for all: not in safetensors
                     tensors[f"optim.{i}.{key}"] = value.clone() if key.startswith("qmap") else value
                 else:
                     scalars[f"{i}.{key}"] = value
@@ -177,9 +206,17 @@ class Run:
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         shapes = {name: list(t.shape) for name, t in tensors.items()}
-        write_tensors(self.folder / STATE, tensors, {k: json.dumps(v) for k, v in
-                                                     (("facts", facts), ("scalars", scalars), ("shapes", shapes))})
-        write_json(self.folder / "state.json", facts)  # for people; the resume reads the copy inside STATE
+        write_tensors(
+            self.folder / STATE,
+            tensors,
+            {
+                k: json.dumps(v)
+                for k, v in (("facts", facts), ("scalars", scalars), ("shapes", shapes))
+            },
+        )
+        write_json(
+            self.folder / "state.json", facts
+        )  # for people; the resume reads the copy inside STATE
 
     def load_state(self, optimizer, params):
         """Fill params, optimiser and random generators; return the facts."""
@@ -187,15 +224,21 @@ class Run:
         try:
             with safe_open(path, framework="pt") as f:
                 meta, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.offset_keys()}
-            facts, scalars, shapes = (json.loads(meta[key]) for key in ("facts", "scalars", "shapes"))
+            facts, scalars, shapes = (
+                json.loads(meta[key]) for key in ("facts", "scalars", "shapes")
+            )
             if shapes != {name: list(t.shape) for name, t in tensors.items()}:
                 raise ValueError("its tensors are not those that were saved")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{path} cannot be read ({e}); start without --resume: the old run is kept.") from None
+            raise UserError(
+                f"{path} cannot be read ({e}); start without --resume: the old run is kept."
+            ) from None
         for name, p in params.items():
             saved = tensors.get(f"param.{name}")
             if saved is None or saved.shape != p.shape:
-                raise UserError(f"{path} does not fit this model: {name} is missing or has another shape.")
+                raise UserError(
+                    f"{path} does not fit this model: {name} is missing or has another shape."
+                )
             with torch.no_grad():
                 p.copy_(saved)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -203,13 +246,18 @@ class Run:
             if key.startswith("optim."):
                 _, i, name = key.split(".", 2)
                 if int(i) >= len(trained):
-                    raise UserError(f"{path} was saved by another version of this program: start without --resume.")
+                    raise UserError(
+                        f"{path} was saved by another version of this program: start without --resume."
+                    )
                 p = trained[int(i)]
-                optimizer.state[p][name] = value.to(p.device) if isinstance(value, torch.Tensor) else value
+                optimizer.state[p][name] = (
+                    value.to(p.device) if isinstance(value, torch.Tensor) else value
+                )
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
         return facts
+
 
 class Stop:
     """Ctrl-C and SIGTERM end the run after the step in hand: stop.signal is set, and the loop saves and leaves. A

@@ -66,9 +66,15 @@ def recipenlg(path, n, seed=0, share=0.03, length=6):
         rows.writerow(["", "title", "ingredients", "directions", "link", "source", "NER"])
         for i in range(n):
             foods = rng.sample(FOODS, length)
-            items = [f"{rng.randint(1, 9)} {rng.choice(('cups', 'lb.', 'tsp.'))} {food}, chopped" for food in foods]
-            steps = [f"{rng.choice(VERBS).title()} the {food} in {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
-                     f"then rest it {rng.randint(2, 99)} hours near {rng.choice(FOODS)}." for food in foods]
+            items = [
+                f"{rng.randint(1, 9)} {rng.choice(('cups', 'lb.', 'tsp.'))} {food}, chopped"
+                for food in foods
+            ]
+            steps = [
+                f"{rng.choice(VERBS).title()} the {food} in {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
+                f"then rest it {rng.randint(2, 99)} hours near {rng.choice(FOODS)}."
+                for food in foods
+            ]
             kind = rng.choice(DEFECTS) if last and rng.random() < share * len(DEFECTS) else "kept"
             cells = None
             if kind == "few_steps":
@@ -90,19 +96,36 @@ def recipenlg(path, n, seed=0, share=0.03, length=6):
                 at = rng.randrange(length)
                 words = steps[at].split()
                 words[rng.randrange(len(words))] = rng.choice(STRANGE)
-                steps = [*steps[:at], " ".join(words), *steps[at + 1:]]
+                steps = [*steps[:at], " ".join(words), *steps[at + 1 :]]
             elif kind == "bad":
                 cells = '["1 cup'
             else:
                 last = [*last[-999:], (foods, items, steps)]
             planted[kind] += 1
-            rows.writerow([i, f"{foods[0].title()} number {i}", cells or json.dumps(items), json.dumps(steps),
-                           "www.example.org/x", "Gathered", json.dumps(foods) if i % 7 else ""])
+            rows.writerow(
+                [
+                    i,
+                    f"{foods[0].title()} number {i}",
+                    cells or json.dumps(items),
+                    json.dumps(steps),
+                    "www.example.org/x",
+                    "Gathered",
+                    json.dumps(foods) if i % 7 else "",
+                ]
+            )
     return planted
 
 
-DEFECTS = ["bad", "few_steps", "too_short", "points_elsewhere", "unused_ingredients", "rare_ingredient", "duplicate",
-           "near_duplicate"]
+DEFECTS = [
+    "bad",
+    "few_steps",
+    "too_short",
+    "points_elsewhere",
+    "unused_ingredients",
+    "rare_ingredient",
+    "duplicate",
+    "near_duplicate",
+]
 STRANGE = ["ferrous", "quartz", "gravel", "velvet", "timber"]
 
 
@@ -115,16 +138,23 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
     """A random Llama with a byte-level tokenizer of its own, as a Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     texts = [" ".join([r["title"], *r["ingredients"], *r["directions"]]) for r in made_recipes(50)]
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+            vocab_size=vocab,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -145,7 +175,9 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
         **changes,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "bos_token": "<s>"})
+    )
     g = torch.Generator().manual_seed(seed)
     C, F, V = 64, 128, config["vocab_size"]
     shapes = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
@@ -162,7 +194,10 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
             f"model.layers.{i}.input_layernorm.weight": (C,),
             f"model.layers.{i}.post_attention_layernorm.weight": (C,),
         }
-    weights = {k: torch.ones(s) if len(s) == 1 else torch.randn(s, generator=g) * 0.1 for k, s in shapes.items()}
+    weights = {
+        k: torch.ones(s) if len(s) == 1 else torch.randn(s, generator=g) * 0.1
+        for k, s in shapes.items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -27,16 +27,26 @@ def ours(folder, B, kind, prompts, compiled):
     import sample
 
     torch._dynamo.reset()
-    cfg = sample.Config(model=str(folder), quant=kind, compile=compiled, temperature=0, max_new_tokens=NEW,
-                        batch_size=B)
+    cfg = sample.Config(
+        model=str(folder),
+        quant=kind,
+        compile=compiled,
+        temperature=0,
+        max_new_tokens=NEW,
+        batch_size=B,
+    )
     began = time.time()
     model, *_ = sample.load(cfg)
     loaded, began = time.time() - began, time.time()
     writer, out = sample.Writer(model, prompts, cfg), {"load_s": loaded}
     out["compile_s"] = time.time() - began
-    for _ in range(3):  # the last counts: the first call of a kernel loads it, the second of a shape is recorded
+    for _ in range(
+        3
+    ):  # the last counts: the first call of a kernel loads it, the second of a shape is recorded
         times, began, n = [], time.time(), 0
-        for _, ids, _ in sample.write(writer, prompts, set(), on_token=lambda i, t, add=times.append: add(time.time())):
+        for _, ids, _ in sample.write(
+            writer, prompts, set(), on_token=lambda i, t, add=times.append: add(time.time())
+        ):
             n += len(ids)
         first, taken = times[0] - began, time.time() - began
         out |= {"tok_s": n / taken, "decode_tok_s": (n - B) / (taken - first), "first_s": first}
@@ -62,7 +72,11 @@ def theirs(model, prompts, **how):
     torch.cuda.synchronize()
     out["first_s"] = time.time() - began
     n, taken, _ = len(prompts) * NEW, out.pop("taken"), out.pop("again")
-    return {**out, "tok_s": n / taken, "decode_tok_s": (n - len(prompts)) / (taken - out["first_s"])}
+    return {
+        **out,
+        "tok_s": n / taken,
+        "decode_tok_s": (n - len(prompts)) / (taken - out["first_s"]),
+    }
 
 
 def transformers(folder, B, kind, prompts, static):
@@ -70,18 +84,31 @@ def transformers(folder, B, kind, prompts, static):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch._dynamo.reset()
-    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=torch.bfloat16) if kind == "nf4" else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0},
-                                                 quantization_config=bits)
+    bits = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        if kind == "nf4"
+        else None
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": 0}, quantization_config=bits
+    )
     return theirs(model, prompts, **({"cache_implementation": "static"} if static else {}))
 
 
 def unsloth(folder, B, kind, prompts):
     from unsloth import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=512, load_in_4bit=kind == "nf4",
-                                                 dtype=None if kind == "nf4" else __import__("torch").bfloat16)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=512,
+        load_in_4bit=kind == "nf4",
+        dtype=None if kind == "nf4" else __import__("torch").bfloat16,
+    )
     FastLanguageModel.for_inference(model)
     return theirs(model, prompts)
 
@@ -93,7 +120,9 @@ def main():
     if any(row.startswith("unsloth") for row in rows):
         import unsloth as _  # noqa: F401 (before all others)
     if len({row.split(":")[0] if row.startswith("unsloth") else "" for row in rows}) > 1:
-        raise SystemExit("unsloth and unsloth-graphs each in a process of its own: they patch the others")
+        raise SystemExit(
+            "unsloth and unsloth-graphs each in a process of its own: they patch the others"
+        )
     import torch
 
     import bench
@@ -105,16 +134,33 @@ def main():
         prompts = torch.randint(2, 1024, (int(B), T), generator=g).tolist()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        how = {"ours": lambda *a: ours(*a, True), "eager": lambda *a: ours(*a, False),
-               "static": lambda *a: transformers(*a, True), "dynamic": lambda *a: transformers(*a, False)}
+        how = {
+            "ours": lambda *a: ours(*a, True),
+            "eager": lambda *a: ours(*a, False),
+            "static": lambda *a: transformers(*a, True),
+            "dynamic": lambda *a: transformers(*a, False),
+        }
         try:
             out = how.get(who, unsloth)(folder, int(B), kind, prompts)
         except Exception as e:  # noqa: BLE001 (a peer that fails here should not take the others along)
             out = {"error": f"{type(e).__name__}: {str(e).strip().splitlines()[-1:]}"}
         if torch.cuda.is_available():
-            out |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "card": torch.cuda.get_device_name()}
-        print(json.dumps({"who": who, "batch": int(B), "weights": kind, "torch": torch.__version__,
-                          **{k: round(v, 3) if isinstance(v, float) else v for k, v in out.items()}}), flush=True)
+            out |= {
+                "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+                "card": torch.cuda.get_device_name(),
+            }
+        print(
+            json.dumps(
+                {
+                    "who": who,
+                    "batch": int(B),
+                    "weights": kind,
+                    "torch": torch.__version__,
+                    **{k: round(v, 3) if isinstance(v, float) else v for k, v in out.items()},
+                }
+            ),
+            flush=True,
+        )
         torch.compiler.reset()
         gc.collect()  # what is compiled refers to itself
         torch.cuda.empty_cache()

@@ -47,7 +47,14 @@ def parse(*argv, **defaults):
 
 def test_no_flags_give_the_dataclass_as_it_stands():
     assert parse() == Train(
-        lr=2e-4, batch_size=8, data=[], sizes=[1, 2], batching="sorted", resume=False, clean=True, title=None
+        lr=2e-4,
+        batch_size=8,
+        data=[],
+        sizes=[1, 2],
+        batching="sorted",
+        resume=False,
+        clean=True,
+        title=None,
     )
 
 
@@ -129,13 +136,17 @@ def test_lists_are_not_shared_between_two_calls():
 def test_several_dataclasses_share_one_command_line(monkeypatch):
     train, rules = cli.parse("", Train, Rules, argv=["--min_words", "3", "--lr", "1"])
     assert train == Train(lr=1.0) and rules == Rules(min_words=3)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--min_words", "4"])  # without argv: what the program was called with
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--min_words", "4"]
+    )  # without argv: what the program was called with
     assert cli.parse("", Train, Rules)[1] == Rules(min_words=4)
 
 
 def test_help_is_the_comments(capsys):
     with pytest.raises(SystemExit) as e:
-        cli.parse("Trains: 100% of it.\n\n    python x.py  # line by line", Train, Rules, argv=["--help"])
+        cli.parse(
+            "Trains: 100% of it.\n\n    python x.py  # line by line", Train, Rules, argv=["--help"]
+        )
     out = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0
     assert "Trains: 100% of it. python x.py # line by line" in out
@@ -210,7 +221,9 @@ def test_a_mistake_and_ctrl_c_are_one_line_on_stderr(capsys, error, code, line):
     assert ended(capsys, raising(error)) == (code, "", line)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG]
+)
 def test_a_disk_that_takes_no_more_is_one_line_that_names_the_file(capsys, number):
     text = os.strerror(number)
     code, out, err = ended(capsys, raising(OSError(number, text, "out/run.json")))
@@ -218,7 +231,9 @@ def test_a_disk_that_takes_no_more_is_one_line_that_names_the_file(capsys, numbe
     assert err.startswith("error: cannot write (out/run.json): " + text)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), OSError(errno.EIO, "Input/output error"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("ours"), OSError(errno.EIO, "Input/output error"), KeyError("x")]
+)
 def test_an_error_of_ours_is_not_hidden(error):
     with pytest.raises(type(error)):
         cli.run(raising(error))
@@ -268,7 +283,11 @@ def test_results_that_find_no_space_are_an_error(letters):
     """`python data.py --json > account.json` on a full disk."""
     with open("/dev/full", "w") as full:
         code, _, err = python(f"cli.run(lambda: print('x' * {letters}))", stdout=full)
-    assert code == 1 and err.startswith("error: cannot write: No space left on device") and err.count("\n") == 1
+    assert (
+        code == 1
+        and err.startswith("error: cannot write: No space left on device")
+        and err.count("\n") == 1
+    )
 
 
 # ---- receipts and progress ------------------------------------------------------------------------------------------
@@ -289,7 +308,10 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and "\r" not in err and "\x1b" not in err
-    assert [line.split()[:2] for line in lines] == [*(["train", f"{n}/4"] for n in (1, 2, 3, 4)), ["saved", "out"]]
+    assert [line.split()[:2] for line in lines] == [
+        *(["train", f"{n}/4"] for n in (1, 2, 3, 4)),
+        ["saved", "out"],
+    ]
     assert "loss 2" in lines[2] and lines[3].endswith(" 0 s left")
 
 
@@ -302,8 +324,17 @@ def test_progress_without_a_terminal_is_not_a_line_a_step(capsys, monkeypatch):
         now[0] += 1
         bar.step()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["10/55", "20/55", "30/55", "40/55", "50/55", "55/55"]
-    assert [line.split("  ")[-1].strip() for line in lines] == [f"{n} s left" for n in (45, 35, 25, 15, 5, 0)]
+    assert [line.split()[1] for line in lines] == [
+        "10/55",
+        "20/55",
+        "30/55",
+        "40/55",
+        "50/55",
+        "55/55",
+    ]
+    assert [line.split("  ")[-1].strip() for line in lines] == [
+        f"{n} s left" for n in (45, 35, 25, 15, 5, 0)
+    ]
 
 
 def test_progress_of_unknown_length(capsys):
@@ -327,4 +358,6 @@ def test_progress_on_a_terminal_is_a_bar_that_receipts_do_not_tear(monkeypatch):
     bar.close()
     shown = sys.stderr.getvalue()
     assert "\rtrain" in shown and "2/3" in shown and "loss 1.5" in shown
-    assert any(line.endswith("\rsaved        out") for line in shown.split("\n"))  # at the start of a line
+    assert any(
+        line.endswith("\rsaved        out") for line in shown.split("\n")
+    )  # at the start of a line

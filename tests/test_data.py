@@ -52,7 +52,9 @@ def rendered(row):
     if "text" in row:
         return "", row["text"]
     lines = ["", "", "Ingredients:"] + ["- " + x for x in row["ingredients"]] + ["", "Directions:"]
-    return row["title"], "\n".join(lines + [f"{n + 1}. {x}" for n, x in enumerate(row["directions"])])
+    return row["title"], "\n".join(
+        lines + [f"{n + 1}. {x}" for n, x in enumerate(row["directions"])]
+    )
 
 
 class Plain:
@@ -75,7 +77,9 @@ class Plain:
 def config(tmp_path, rows, **changes):
     """Data for rows (or a file), all of them as they are unless the test says otherwise."""
     file = rows if isinstance(rows, Path) else write_jsonl(tmp_path / "heap.jsonl", rows)
-    return Data(**{"data": [str(file)], "cache": str(tmp_path / "cache"), "clean": False, **changes})
+    return Data(
+        **{"data": [str(file)], "cache": str(tmp_path / "cache"), "clean": False, **changes}
+    )
 
 
 def tokens(tmp_path, rows, model, **changes):
@@ -157,7 +161,9 @@ def test_padding_is_told_by_length_not_by_id(tmp_path):
     assert text.end == 0
     batch = data.collate(heap, list(range(12)), False)
     lengths = [len(Plain(model).recipe(row, 0)) for row in rows]
-    assert len(set(lengths)) > 5 and (batch.ids == 0).any()  # there is padding, and it looks like the end token
+    assert (
+        len(set(lengths)) > 5 and (batch.ids == 0).any()
+    )  # there is padding, and it looks like the end token
     assert (batch.targets == 0).sum() == 12
     assert len(batch.targets) == sum(n - 1 for n in lengths)
 
@@ -169,7 +175,9 @@ def test_prompt_and_completion_are_tokenised_apart_and_joined(tmp_path, tiny_mod
     heap, text = tokens(tmp_path, [row], tiny_model)
     assert heap.ids(0).tolist() == [*joined, END]
     assert targets(heap, text, 0, True) == [*plain.ids("ons with the butter"), END]
-    assert text.prompt("Chop the oni", "ons with") == plain.ids("Chop the oni") + plain.ids("ons with")
+    assert text.prompt("Chop the oni", "ons with") == plain.ids("Chop the oni") + plain.ids(
+        "ons with"
+    )
 
 
 def test_a_prompt_for_sampling_is_what_training_saw(tmp_path, bos_model):
@@ -261,9 +269,25 @@ def many_plans(**fixed):
     """(lengths, cfg, grad_accum, plan) over heaps, seeds and batch flags."""
     for seed, n, batching in itertools.product(range(6), (1, 5, 64, 203), COUNTS):
         lengths = made_lengths(n, seed)
-        flags = ((1, 1, 0), (3, 2, 0), (8, 1, 0), (8, 4, 0), (500, 2, 0), (8, 1, 1000), (8, 3, 2500))
+        flags = (
+            (1, 1, 0),
+            (3, 2, 0),
+            (8, 1, 0),
+            (8, 4, 0),
+            (500, 2, 0),
+            (8, 1, 1000),
+            (8, 3, 2500),
+        )
         for size, accum, budget in flags:
-            cfg = Data(**{"batching": batching, "batch_size": size, "batch_tokens": budget, "seed": seed, **fixed})
+            cfg = Data(
+                **{
+                    "batching": batching,
+                    "batch_size": size,
+                    "batch_tokens": budget,
+                    "seed": seed,
+                    **fixed,
+                }
+            )
             yield lengths, cfg, accum, data.plan(lengths, cfg, seed % 3, accum)
 
 
@@ -301,12 +325,17 @@ def test_the_plan_is_a_pure_function():
         np.random.random()
         assert flat(data.plan(lengths.copy(), cfg, 2, 2)) == first
         assert flat(data.plan(lengths, cfg, 3, 2)) != first
-        assert flat(data.plan(lengths, Data(batching=batching, batch_tokens=budget, seed=5), 2, 2)) != first
+        assert (
+            flat(data.plan(lengths, Data(batching=batching, batch_tokens=budget, seed=5), 2, 2))
+            != first
+        )
 
 
 def test_sorted_batches_hold_neighbours_of_the_length_order():
     for lengths, _, _, steps in many_plans(batching="sorted"):
-        spans = sorted(((lengths[b].max(), lengths[b].min()) for step in steps for b in step), reverse=True)
+        spans = sorted(
+            ((lengths[b].max(), lengths[b].min()) for step in steps for b in step), reverse=True
+        )
         for (_, low), (high, _) in itertools.pairwise(spans):
             assert high <= low
 
@@ -327,11 +356,15 @@ def test_the_first_step_holds_the_longest_recipe(batching):
 @pytest.mark.parametrize("batching", COUNTS)
 def test_the_first_step_holds_the_widest_batch(batching):
     """Running out of memory shows at step 1: of batches of batch_size recipes, no later one pads to more tokens."""
-    for seed, n, (size, accum) in itertools.product(range(40), (5, 20, 67, 130), ((8, 1), (8, 2), (3, 4))):
+    for seed, n, (size, accum) in itertools.product(
+        range(40), (5, 20, 67, 130), ((8, 1), (8, 2), (3, 4))
+    ):
         lengths = made_lengths(n, seed)
         steps = data.plan(lengths, Data(batching=batching, batch_size=size, seed=seed), 0, accum)
         widest = [max(padded_tokens(b, lengths) for b in step) for step in steps]
-        assert widest[0] == max(widest), f"seed {seed}, {n} recipes, batches of {size}, accumulated {accum}"
+        assert widest[0] == max(widest), (
+            f"seed {seed}, {n} recipes, batches of {size}, accumulated {accum}"
+        )
 
 
 def test_batch_tokens_is_never_exceeded_by_the_padded_size():
@@ -350,21 +383,30 @@ def test_batch_tokens_is_used_up():
 
 @pytest.mark.parametrize("flag", ["data", "val_data"])
 def test_batch_tokens_below_the_longest_recipe_is_refused(tmp_path, byte_models, flag):
-    short, long = (write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{i:0{n}}"} for i in range(4)]) for n in (99, 119))
+    short, long = (
+        write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{i:0{n}}"} for i in range(4)])
+        for n in (99, 119)
+    )
     files = {"data": [str(short)], "val_data": [str(short)], flag: [str(long)]}
     with pytest.raises(UserError, match=r"--batch_tokens 119.*120 tokens"):
         data.prepare(config(tmp_path, long, **files, batch_tokens=119), Rules(), byte_models[False])
     if flag == "data":
-        data.prepare(config(tmp_path, long, val_recipes=1, batch_tokens=120), Rules(), byte_models[False])
+        data.prepare(
+            config(tmp_path, long, val_recipes=1, batch_tokens=120), Rules(), byte_models[False]
+        )
 
 
 @pytest.mark.parametrize("batching", COUNTS)
 def test_accumulated_batches_hold_what_one_large_batch_holds(batching):
     """Step by step and in the same order: N batches of B, and one of N x B."""
-    for seed, n, size, accum, step in itertools.product(range(30), (7, 64, 203), (2, 8), (2, 5), (1, 150)):
+    for seed, n, size, accum, step in itertools.product(
+        range(30), (7, 64, 203), (2, 8), (2, 5), (1, 150)
+    ):
         lengths = made_lengths(n, seed) // step * step + 20  # step 150: many recipes share a length
         small = data.plan(lengths, Data(batching=batching, batch_size=size, seed=seed), 1, accum)
-        large = data.plan(lengths, Data(batching=batching, batch_size=size * accum, seed=seed), 1, 1)
+        large = data.plan(
+            lengths, Data(batching=batching, batch_size=size * accum, seed=seed), 1, 1
+        )
         assert [sorted(flat([step])) for step in small] == [sorted(flat([step])) for step in large]
 
 
@@ -398,7 +440,9 @@ def test_padding_of_four_recipes_by_hand():
 
 def packed(n, seed, budget=1000, **more):
     lengths = made_lengths(n, seed)
-    return lengths, data.plan(lengths, Data(batching="packed", batch_tokens=budget, seed=seed), 0, **more)
+    return lengths, data.plan(
+        lengths, Data(batching="packed", batch_tokens=budget, seed=seed), 0, **more
+    )
 
 
 def test_packed_rows_hold_every_recipe_once_and_never_too_many_tokens():
@@ -427,8 +471,14 @@ def test_the_first_packed_step_holds_the_longest_recipe():
 
 def test_packing_four_recipes_by_hand():
     """60 + 68 and 50 + 40 tokens of input; then rows of 128 that would hold four, but take no more than 128 // 64."""
-    assert [sorted(r) for r in data.pack(np.arange(4), np.array([61, 51, 69, 41]), 128)] == [[0, 2], [1, 3]]
-    assert [sorted(r) for r in data.pack(np.arange(4), np.array([11, 12, 13, 14]), 128)] == [[2, 3], [0, 1]]
+    assert [sorted(r) for r in data.pack(np.arange(4), np.array([61, 51, 69, 41]), 128)] == [
+        [0, 2],
+        [1, 3],
+    ]
+    assert [sorted(r) for r in data.pack(np.arange(4), np.array([11, 12, 13, 14]), 128)] == [
+        [2, 3],
+        [0, 1],
+    ]
 
 
 def test_a_packed_epoch_is_in_random_order():
@@ -436,7 +486,9 @@ def test_a_packed_epoch_is_in_random_order():
     longest = [int(lengths[b].max()) for step in steps for b in step]
     assert 0.35 < sum(a > b for a, b in itertools.pairwise(longest)) / len(longest) < 0.65
     other = data.plan(lengths, Data(batching="packed", batch_tokens=1000, seed=0), 1)
-    assert {frozenset(b.tolist()) for s in other for b in s} != {frozenset(b.tolist()) for s in steps for b in s}
+    assert {frozenset(b.tolist()) for s in other for b in s} != {
+        frozenset(b.tolist()) for s in steps for b in s
+    }
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -486,7 +538,14 @@ def test_tokens_are_reused_when_nothing_changed(tmp_path, tiny_model, reads):
     data.prepare(cfg, Rules(), tiny_model)
     (folder,) = (tmp_path / "cache/tokens").iterdir()
     before = os.stat(folder / "tokens.bin")
-    for change in ({}, {"batch_size": 3}, {"max_len": 500}, {"seed": 9}, {"mask_prompt": True}, {"batching": "random"}):
+    for change in (
+        {},
+        {"batch_size": 3},
+        {"max_len": 500},
+        {"seed": 9},
+        {"mask_prompt": True},
+        {"batching": "random"},
+    ):
         data.prepare(Data(**{**vars(cfg), **change}), Rules(), tiny_model)
     after = os.stat(folder / "tokens.bin")
     assert len(reads) == 1 and cached(tmp_path) == [folder.name]
@@ -513,10 +572,15 @@ def test_tokens_are_made_again_when_a_file_changed(tmp_path, reads, change):
     heap, _, _ = data.prepare(cfg, Rules(), model)
     assert len(reads) == 2 and len(cached(tmp_path)) == 2
     assert len(heap.rows) == (31 if change is change_source else 30)
-    assert heap.ids(0).tolist() == [*Plain(model).recipe(made_recipes(1)[0], 0)[:-1], 0 if change is change_end else 1]
+    assert heap.ids(0).tolist() == [
+        *Plain(model).recipe(made_recipes(1)[0], 0)[:-1],
+        0 if change is change_end else 1,
+    ]
 
 
-@pytest.mark.parametrize(("flags", "rules"), [({}, Rules(min_words=60)), ({"clean": False}, Rules())])
+@pytest.mark.parametrize(
+    ("flags", "rules"), [({}, Rules(min_words=60)), ({"clean": False}, Rules())]
+)
 def test_tokens_are_made_again_when_a_rule_changed(tmp_path, tiny_model, reads, flags, rules):
     cfg = config(tmp_path, [*made_recipes(30), TEA], clean=True)
     before = len(data.prepare(cfg, Rules(), tiny_model)[0].rows)
@@ -524,10 +588,14 @@ def test_tokens_are_made_again_when_a_rule_changed(tmp_path, tiny_model, reads, 
     assert len(reads) == 2 and before == 30 and after != before
 
 
-@pytest.mark.parametrize("error", [RuntimeError("died"), OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("died"), OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()]
+)
 def test_a_preparation_that_dies_half_way_leaves_nothing(tmp_path, tiny_model, monkeypatch, error):
     cfg, text = config(tmp_path, made_recipes(30)), data.Text(tiny_model)
-    older = data.tokenise([write_jsonl(tmp_path / "older.jsonl", made_recipes(10))], cfg, OPEN, text)
+    older = data.tokenise(
+        [write_jsonl(tmp_path / "older.jsonl", made_recipes(10))], cfg, OPEN, text
+    )
     calls = itertools.count()
     original = recipes.key
 
@@ -542,7 +610,9 @@ def test_a_preparation_that_dies_half_way_leaves_nothing(tmp_path, tiny_model, m
             data.prepare(cfg, Rules(), tiny_model)
     assert next(calls) > 20  # it did die half-way
     assert cached(tmp_path) == [older.name]
-    assert len(data.prepare(cfg, Rules(), tiny_model)[0].rows) == 30  # and the next one starts clean
+    assert (
+        len(data.prepare(cfg, Rules(), tiny_model)[0].rows) == 30
+    )  # and the next one starts clean
 
 
 def test_two_preparations_at_once_both_end_well(tmp_path, tiny_model, monkeypatch):
@@ -571,7 +641,9 @@ def test_no_text_is_lost(tmp_path, bos_model):
         {"prompt": " a ", "completion": "  b\n"},
     ]
     heap, text = tokens(tmp_path, rows, bos_model)
-    assert [text.decode(heap.ids(i)) for i in range(len(rows))] == ["".join(rendered(row)) for row in rows]
+    assert [text.decode(heap.ids(i)) for i in range(len(rows))] == [
+        "".join(rendered(row)) for row in rows
+    ]
 
 
 def test_more_recipes_than_one_chunk(tmp_path, byte_models):
@@ -587,16 +659,27 @@ def test_more_recipes_than_one_chunk(tmp_path, byte_models):
 def test_a_longer_recipe_is_dropped_and_counted_never_cut(tmp_path, byte_models):
     """One token a byte and the end token: texts of 10, 19, 20 and 29 letters have 11, 20, 21 and 30 tokens."""
     rows = [{"prompt": f"{n}:", "completion": "x" * (n - 4) + "!"} for n in (10, 19, 20, 29)]
-    heap, _, text = data.prepare(config(tmp_path, rows, max_len=20, val_recipes=1), Rules(), byte_models[False])
+    heap, _, text = data.prepare(
+        config(tmp_path, rows, max_len=20, val_recipes=1), Rules(), byte_models[False]
+    )
     assert heap.rows["length"].tolist() == [11, 20]
     assert [text.decode(heap.ids(i)) for i in range(2)] == ["10:xxxxxx!", "19:xxxxxxxxxxxxxxx!"]
-    assert heap.account["dropped"]["max_len"] == 2 and heap.account["kept"] == 2 and heap.account["read"] == 4
-    assert heap.account["examples"]["max_len"] == [f"20:{'x' * 16}!: 21 tokens", f"29:{'x' * 17}: 30 tokens"]
+    assert (
+        heap.account["dropped"]["max_len"] == 2
+        and heap.account["kept"] == 2
+        and heap.account["read"] == 4
+    )
+    assert heap.account["examples"]["max_len"] == [
+        f"20:{'x' * 16}!: 21 tokens",
+        f"29:{'x' * 17}: 30 tokens",
+    ]
 
 
 def test_no_more_than_three_examples_of_long_recipes(tmp_path, tiny_model):
     rows = [*made_recipes(5), *({"text": "x" * 900} for _ in range(5))]
-    heap, _, _ = data.prepare(config(tmp_path, rows, max_len=450, val_recipes=1), Rules(), tiny_model)
+    heap, _, _ = data.prepare(
+        config(tmp_path, rows, max_len=450, val_recipes=1), Rules(), tiny_model
+    )
     assert heap.account["dropped"]["max_len"] == 5 and len(heap.account["examples"]["max_len"]) == 3
 
 
@@ -668,9 +751,15 @@ def contents(heap, text, which):
 
 def test_no_duplicate_straddles(tmp_path, tiny_model):
     rows = made_recipes(20)
-    rows = [*rows, *retitled(rows, 2), *retitled(rows[:10], 3)]  # ten recipes twice, ten three times
+    rows = [
+        *rows,
+        *retitled(rows, 2),
+        *retitled(rows[:10], 3),
+    ]  # ten recipes twice, ten three times
     for seed in range(8):
-        heap, held, text = data.prepare(config(tmp_path, rows, val_recipes=12, seed=seed), Rules(), tiny_model)
+        heap, held, text = data.prepare(
+            config(tmp_path, rows, val_recipes=12, seed=seed), Rules(), tiny_model
+        )
         assert held is heap and 11 <= len(heap.val) <= 13  # 12, as near as whole groups come
         assert sorted([*heap.train, *heap.val]) == list(range(50))
         assert not set(contents(heap, text, heap.train)) & set(contents(heap, text, heap.val))
@@ -680,7 +769,9 @@ def test_duplicates_of_the_validation_file_are_not_trained_on(tmp_path, tiny_mod
     """Nor are those of its recipes that --val_recipes leaves out of the measurement."""
     rows = made_recipes(30)
     val = write_jsonl(tmp_path / "val.jsonl", retitled(rows[:10], 2))
-    heap, held, text = data.prepare(config(tmp_path, rows, val_data=[str(val)], val_recipes=3), Rules(), tiny_model)
+    heap, held, text = data.prepare(
+        config(tmp_path, rows, val_data=[str(val)], val_recipes=3), Rules(), tiny_model
+    )
     assert held is not heap and len(held.rows) == 10 and len(set(held.val.tolist())) == 3
     assert heap.train.tolist() == list(range(10, 30))
     assert set(contents(held, text, held.val)) < set(contents(heap, text, range(10)))
@@ -688,11 +779,15 @@ def test_duplicates_of_the_validation_file_are_not_trained_on(tmp_path, tiny_mod
 
 def test_the_whole_validation_file_is_held_out_where_it_is_small(tmp_path, tiny_model):
     val = write_jsonl(tmp_path / "val.jsonl", made_recipes(5, seed=9))
-    heap, held, _ = data.prepare(config(tmp_path, made_recipes(10), val_data=[str(val)]), Rules(), tiny_model)
+    heap, held, _ = data.prepare(
+        config(tmp_path, made_recipes(10), val_data=[str(val)]), Rules(), tiny_model
+    )
     assert sorted(held.val) == [0, 1, 2, 3, 4] and len(heap.train) == 10
 
 
-@pytest.mark.parametrize("rows", [made_recipes(1), retitled(made_recipes(1) * 8, 1)], ids=["one", "eight the same"])
+@pytest.mark.parametrize(
+    "rows", [made_recipes(1), retitled(made_recipes(1) * 8, 1)], ids=["one", "eight the same"]
+)
 def test_too_few_recipes_to_hold_some_out(tmp_path, tiny_model, rows):
     with pytest.raises(UserError, match=r"too few.*--val_data"):
         data.prepare(config(tmp_path, rows, val_recipes=2), Rules(), tiny_model)
@@ -743,13 +838,24 @@ MESSY_FLAGS = ["--data", "messy.jsonl", "--max_len", 400, "--allow_bad", 0.1, "-
 def test_json_is_one_line_and_all_there_is_on_stdout(tmp_path, tiny_model):
     kept = messy(tmp_path / "messy.jsonl")
     done = program(
-        "data.py", "--model", tiny_model, "--cache", tmp_path / "cache", *MESSY_FLAGS, "--json", cwd=tmp_path
+        "data.py",
+        "--model",
+        tiny_model,
+        "--cache",
+        tmp_path / "cache",
+        *MESSY_FLAGS,
+        "--json",
+        cwd=tmp_path,
     )
     assert done.stdout.endswith("\n") and done.stdout.count("\n") == 1
     a = json.loads(done.stdout)
     assert a.keys() == JSON_KEYS
     assert (a["read"], a["bad"], a["kept"], a["held_out"]) == (69, 3, 60, 7)
-    assert {rule: n for rule, n in a["dropped"].items() if n} == {"duplicate": 3, "few_ingredients": 2, "max_len": 4}
+    assert {rule: n for rule, n in a["dropped"].items() if n} == {
+        "duplicate": 3,
+        "few_ingredients": 2,
+        "max_len": 4,
+    }
     assert set(a["dropped"]) == {*recipes.RULES, "max_len"}
     assert a["kept"] == a["read"] - sum(a["dropped"].values())
     lengths = sorted(len(Plain(tiny_model).recipe(row, 0)) for row in kept)
@@ -787,7 +893,13 @@ def test_the_account_for_people(tmp_path, data_py, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out, _ = data_py(*MESSY_FLAGS)
     assert (tmp_path / "padding.png").read_bytes()[:4] == b"\x89PNG"
-    for part in ("69 recipes, 3 bad rows", "messy.jsonl:70: ", "3  duplicate", "4  max_len", "60 recipes, 7 held out"):
+    for part in (
+        "69 recipes, 3 bad rows",
+        "messy.jsonl:70: ",
+        "3  duplicate",
+        "4  max_len",
+        "60 recipes, 7 held out",
+    ):
         assert part in out
 
 
@@ -834,12 +946,19 @@ def fed(tmp_path, tiny_model):
 
 def test_feed_gives_the_batches_in_order(fed):
     heap, feed = fed
-    batches = [batch for step in data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0) for batch in step]
+    batches = [
+        batch
+        for step in data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0)
+        for batch in step
+    ]
     got = list(feed(batches, n=2))
     assert len(got) == len(batches) == 8
     for one, rows in zip(got, batches):
         other = data.collate(heap, rows, False)
-        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("ids", "where", "targets"))
+        assert all(
+            torch.equal(getattr(one, name), getattr(other, name))
+            for name in ("ids", "where", "targets")
+        )
         assert one.real == other.real and list(one.rows) == list(rows)
 
 
@@ -847,7 +966,9 @@ def test_feed_gives_the_micro_batches_of_a_step_together(fed):
     heap, _ = fed
     steps = data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0, 3)
     got = list(data.feed(heap, steps, torch.device("cpu"), False))
-    assert [[list(b.rows) for b in step] for step in got] == [[list(rows) for rows in step] for step in steps]
+    assert [[list(b.rows) for b in step] for step in got] == [
+        [list(rows) for rows in step] for step in steps
+    ]
 
 
 def test_feed_works_ahead_but_not_without_end(fed):
@@ -874,7 +995,9 @@ def test_an_error_in_the_worker_reaches_the_consumer(fed, third, error):
     with pytest.raises(error):
         for batch in feed([i] if i < 2 else third() for i in range(9)):
             got.append(int(batch.rows[0]))
-    assert got == [0, 1][: len(got)]  # working ahead, it may fail before the batches that went well are used
+    assert (
+        got == [0, 1][: len(got)]
+    )  # working ahead, it may fail before the batches that went well are used
 
 
 def test_closing_early_ends_the_thread(fed):
@@ -889,14 +1012,23 @@ def test_closing_early_ends_the_thread(fed):
 @pytest.mark.parametrize("name", ["clean.jsonl", "clean.jsonl.gz"])
 def test_the_cleaned_heap_is_written_for_other_programs_and_read_again(tmp_path, name):
     steps = ["Boil &amp; wait.", "Pour \u2028 it " * 12]
-    rows = [{"title": "Tea", "ingredients": ["water", "tea"], "directions": steps},
-            {"text": "A text of its own. " * 8}, {"title": "Stub", "ingredients": ["salt"], "directions": []}]
+    rows = [
+        {"title": "Tea", "ingredients": ["water", "tea"], "directions": steps},
+        {"text": "A text of its own. " * 8},
+        {"title": "Stub", "ingredients": ["salt"], "directions": []},
+    ]
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     done = program("data.py", "--data", source, "--to", tmp_path / name, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == f"2 of 3 recipes are in {tmp_path / name}"
-    first, second = ([(r.title, r.ingredients, r.directions, r.prompt, r.completion) for r in heap] for heap in (
-        recipes.clean(recipes.read([source], recipes.Account()), recipes.Rules(), recipes.Account()),
-        recipes.read([tmp_path / name], recipes.Account())))
+    first, second = (
+        [(r.title, r.ingredients, r.directions, r.prompt, r.completion) for r in heap]
+        for heap in (
+            recipes.clean(
+                recipes.read([source], recipes.Account()), recipes.Rules(), recipes.Account()
+            ),
+            recipes.read([tmp_path / name], recipes.Account()),
+        )
+    )
     assert first == second and not list(tmp_path.glob("*.part"))
 
 
@@ -904,26 +1036,48 @@ def test_the_cleaned_heap_is_written_for_other_programs_and_read_again(tmp_path,
 def test_a_heap_that_cannot_be_written_is_said(tmp_path, place):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "A text of its own. " * 8}])
     done = program("data.py", "--data", source, "--to", tmp_path / place, check=False)
-    assert done.returncode == 2 and "--to" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "--to" in done.stderr.splitlines()[-1]
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_rule_that_takes_more_than_half_says_so(tmp_path):
     rows = [{"text": f"text {i} " * (30 if i < 2 else 2)} for i in range(6)]
-    done = program("data.py", "--data", write_jsonl(tmp_path / "a.jsonl", rows), "--val_recipes", 1, cwd=tmp_path)
-    took, = (line for line in done.stdout.splitlines() if "too_short" in line)
-    assert "4  too_short  more than half of all" in took and done.stdout.count("more than half") == 1
+    done = program(
+        "data.py",
+        "--data",
+        write_jsonl(tmp_path / "a.jsonl", rows),
+        "--val_recipes",
+        1,
+        cwd=tmp_path,
+    )
+    (took,) = (line for line in done.stdout.splitlines() if "too_short" in line)
+    assert (
+        "4  too_short  more than half of all" in took and done.stdout.count("more than half") == 1
+    )
 
 
 # ---- chats ----------------------------------------------------------------------------------------------------------
 
-CHATML = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-          "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
-TRIMMED = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[{{ m.content | trim }}]\n{% else %}"
-           "{{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}")
-ONLY_PAIRS = ("{% if messages | length % 2 %}{{ raise_exception('turns come in pairs') }}{% endif %}" + CHATML)
-CHAT = [{"role": "user", "content": "What is in a pie?"},
-        {"role": "assistant", "content": "Apples </s> and\n<s>sugar."},
-        {"role": "user", "content": " More?"}, {"role": "assistant", "content": "No.\n"}]
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+TRIMMED = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[{{ m.content | trim }}]\n{% else %}"
+    "{{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ONLY_PAIRS = (
+    "{% if messages | length % 2 %}{{ raise_exception('turns come in pairs') }}{% endif %}" + CHATML
+)
+CHAT = [
+    {"role": "user", "content": "What is in a pie?"},
+    {"role": "assistant", "content": "Apples </s> and\n<s>sugar."},
+    {"role": "user", "content": " More?"},
+    {"role": "assistant", "content": "No.\n"},
+]
 COOK = json.dumps({"messages": [{"role": "cook", "content": "x"}]}) + "\n"
 
 
@@ -935,12 +1089,31 @@ def chat_model(folder, template, **more):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("template, said", [
-    (CHATML, [("<s>user\nWhat is in a pie?</s>\n<s>assistant\n", 0), ("Apples </s> and\n<s>sugar.</s>", 1),
-              ("\n<s>user\nMore?</s>\n<s>assistant\n", 0), ("No.</s>", 1), ("\n", 0)]),
-    (TRIMMED, [("<s>[What is in a pie?]\n", 0), ("Apples </s> and\n<s>sugar.</s>", 1), ("[More?]\n", 0),
-               ("No.</s>", 1)]),
-], ids=["chatml", "trimmed"])
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        (
+            CHATML,
+            [
+                ("<s>user\nWhat is in a pie?</s>\n<s>assistant\n", 0),
+                ("Apples </s> and\n<s>sugar.</s>", 1),
+                ("\n<s>user\nMore?</s>\n<s>assistant\n", 0),
+                ("No.</s>", 1),
+                ("\n", 0),
+            ],
+        ),
+        (
+            TRIMMED,
+            [
+                ("<s>[What is in a pie?]\n", 0),
+                ("Apples </s> and\n<s>sugar.</s>", 1),
+                ("[More?]\n", 0),
+                ("No.</s>", 1),
+            ],
+        ),
+    ],
+    ids=["chatml", "trimmed"],
+)
 def test_targets_of_a_chat_are_the_assistants_turns_and_their_ends(tmp_path, template, said, bos):
     model = chat_model(tmp_path / "model", template, bos=bos)
     heap, _ = tokens(tmp_path, [{"messages": CHAT}], model)
@@ -951,7 +1124,9 @@ def test_targets_of_a_chat_are_the_assistants_turns_and_their_ends(tmp_path, tem
     assert heap.recipe(0, mask_prompt=True)[1].tolist() == at.tolist()
     spelled = plain.spell(ids)
     controls = [i for i in ids.tolist() if i in (BOS, END)]
-    assert spelled.count("<s>") + spelled.count("</s>") == len(controls) + 2  # what the user wrote is text
+    assert (
+        spelled.count("<s>") + spelled.count("</s>") == len(controls) + 2
+    )  # what the user wrote is text
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMED], ids=["chatml", "trimmed"])
@@ -959,11 +1134,14 @@ def test_targets_of_a_chat_are_the_assistants_turns_and_their_ends(tmp_path, tem
 def test_a_chat_has_the_ids_of_transformers(tmp_path, template, ask):
     transformers = pytest.importorskip("transformers")
     model = chat_model(tmp_path / "model", template)
-    chat = [{**m, "content": re.sub("</?s>", "", m["content"]).strip()} for m in CHAT[:3 if ask else 4]]
+    chat = [
+        {**m, "content": re.sub("</?s>", "", m["content"]).strip()} for m in CHAT[: 3 if ask else 4]
+    ]
     text = data.Text(model)
-    ids, = text.tokens([text.chat(chat, ask)])
+    (ids,) = text.tokens([text.chat(chat, ask)])
     other = transformers.PreTrainedTokenizerFast.from_pretrained(model).apply_chat_template(
-        chat, tokenize=True, add_generation_prompt=ask, return_dict=True)["input_ids"]
+        chat, tokenize=True, add_generation_prompt=ask, return_dict=True
+    )["input_ids"]
     assert [i & (data.PROMPT - 1) for i in ids] == other
 
 
@@ -976,10 +1154,16 @@ def test_the_template_may_lie_beside_the_tokenizer_or_be_one_of_several(tmp_path
     assert data.Text(model).chat(CHAT) == wanted
 
 
-@pytest.mark.parametrize("template, why", [
-    (ONLY_PAIRS, "turns come in pairs"), ("{{ messages[0].content }}", "leaves out a turn"),
-    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses it"), ("{{ messages[7].content.x }}", "refuses it"),
-    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "leaves out")])
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        (ONLY_PAIRS, "turns come in pairs"),
+        ("{{ messages[0].content }}", "leaves out a turn"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses it"),
+        ("{{ messages[7].content.x }}", "refuses it"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "leaves out"),
+    ],
+)
 def test_a_chat_that_the_template_refuses_is_a_bad_row(tmp_path, template, why):
     model = chat_model(tmp_path / "model", template)
     heap, _ = tokens(tmp_path, [TEA, {"messages": CHAT[:3]}], model, allow_bad=0.5)
@@ -995,7 +1179,9 @@ def test_a_model_without_a_template_cannot_chat(tmp_path, tiny_model):
 
 def test_show_of_a_chat_has_the_assistant_in_green(tmp_path, data_py):
     model = chat_model(tmp_path / "model", CHATML)
-    file = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2 + [{"messages": CHAT[:2]}] * 2)
+    file = write_jsonl(
+        tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2 + [{"messages": CHAT[:2]}] * 2
+    )
     out, _ = data_py("--data", file, "--show", 1, "--no-clean", "--val_recipes", 2, model=model)
     green = re.findall(r"\x1b\[32m(.*?)\x1b\[0m", out, re.DOTALL)
     assert green[0] == "Apples </s> and\n<s>sugar.</s>" and green[1:] in ([], ["No.</s>"])
@@ -1003,53 +1189,118 @@ def test_show_of_a_chat_has_the_assistant_in_green(tmp_path, data_py):
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
-LONG = {"title": "Rice", "ingredients": ["rice", "water", "salt"],
-        "directions": ["Wash the rice in cold water.", "Boil it in salt water for twenty minutes, then let it stand."]}
+LONG = {
+    "title": "Rice",
+    "ingredients": ["rice", "water", "salt"],
+    "directions": [
+        "Wash the rice in cold water.",
+        "Boil it in salt water for twenty minutes, then let it stand.",
+    ],
+}
 
 
 def csv_text(*rows, ner='["rice"]', header="title,ingredients,directions,NER"):
     def cell(x):
-        return '"' + (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)).replace('"', '""') + '"'
+        return (
+            '"'
+            + (x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)).replace('"', '""')
+            + '"'
+        )
 
-    lines = [",".join(map(cell, (r["title"], r["ingredients"], r["directions"], ner))) for r in rows]
+    lines = [
+        ",".join(map(cell, (r["title"], r["ingredients"], r["directions"], ner))) for r in rows
+    ]
     return "\n".join([header, *lines, ""])
 
 
 def numbered(n=9, **changes):
     """n recipes that no rule drops and none of which is like another."""
-    words, out = ["oats", "plums", "figs", "leeks", "dates", "mint", "pears", "limes", "kale", "corn"], []
+    words, out = (
+        ["oats", "plums", "figs", "leeks", "dates", "mint", "pears", "limes", "kale", "corn"],
+        [],
+    )
     for i in range(n):
-        steps = [f"Stew the {words[i]} in water for {i}2 minutes, and {' '.join(words[:i])} with {words[i]} too.",
-                 f"Add {words[i]} and eat it all {i} days long, {' and '.join(words[i:])} beside it.",
-                 "Serve it hot with what is left over."]
-        out.append({**LONG, "ingredients": [f"{i + 1} {words[i]}", "water"], "directions": steps, **changes})
+        steps = [
+            f"Stew the {words[i]} in water for {i}2 minutes, and {' '.join(words[:i])} with {words[i]} too.",
+            f"Add {words[i]} and eat it all {i} days long, {' and '.join(words[i:])} beside it.",
+            "Serve it hot with what is left over.",
+        ]
+        out.append(
+            {
+                **LONG,
+                "ingredients": [f"{i + 1} {words[i]}", "water"],
+                "directions": steps,
+                **changes,
+            }
+        )
     return out
 
 
 GOOD = "".join(json.dumps(r) + "\n" for r in numbered())
 BAD_INPUT = {  # case: file, content, flags, what stderr ends in or what is (read, bad, kept)
-    "broken JSON in a column": ("a.csv", csv_text(*numbered(), {**LONG, "ingredients": '["rice'}), (), (9, 1, 9)),
-    "missing columns": ("a.csv", "title,text\na,b\n", (), "lacks the columns ingredients, directions"),
-    "newlines and quotes": ("a.csv", csv_text(*numbered(title='A "good",\r\nold\npie')), (), (9, 0, 9)),
+    "broken JSON in a column": (
+        "a.csv",
+        csv_text(*numbered(), {**LONG, "ingredients": '["rice'}),
+        (),
+        (9, 1, 9),
+    ),
+    "missing columns": (
+        "a.csv",
+        "title,text\na,b\n",
+        (),
+        "lacks the columns ingredients, directions",
+    ),
+    "newlines and quotes": (
+        "a.csv",
+        csv_text(*numbered(title='A "good",\r\nold\npie')),
+        (),
+        (9, 0, 9),
+    ),
     "a byte order mark": ("a.csv", "\ufeff" + csv_text(*numbered()), (), (9, 0, 9)),
     "mixed line ends": ("a.jsonl", GOOD.replace("\n", "\r\n", 4), (), (9, 0, 9)),
-    "a field of 5 MB": ("a.csv", csv_text(*numbered(), {**LONG, "title": "x " * 2_500_000}), (), (10, 0, 9)),
-    "a lone surrogate": ("a.jsonl", GOOD + json.dumps({**LONG, "title": "\ud800"}) + "\n", (), (9, 1, 9)),
-    "U+2028 inside a string": ("a.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in numbered(
-        title="a\u2028b")), (), (9, 0, 9)),
+    "a field of 5 MB": (
+        "a.csv",
+        csv_text(*numbered(), {**LONG, "title": "x " * 2_500_000}),
+        (),
+        (10, 0, 9),
+    ),
+    "a lone surrogate": (
+        "a.jsonl",
+        GOOD + json.dumps({**LONG, "title": "\ud800"}) + "\n",
+        (),
+        (9, 1, 9),
+    ),
+    "U+2028 inside a string": (
+        "a.jsonl",
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in numbered(title="a\u2028b")),
+        (),
+        (9, 0, 9),
+    ),
     "the same title again": ("a.jsonl", GOOD, (), (9, 0, 9)),
     "an empty NER": ("a.csv", csv_text(*numbered(), ner=""), (), (9, 0, 9)),
     "an empty list as NER": ("a.csv", csv_text(*numbered(), ner="[]"), (), (9, 0, 9)),
-    "gzip cut off": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-30], (), "cannot be read to its end"),
+    "gzip cut off": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD.encode())[:-30],
+        (),
+        "cannot be read to its end",
+    ),
     "an unknown role": ("a.jsonl", GOOD + COOK, (), (9, 1, 9)),
-    "nothing is left": ("a.jsonl", GOOD, ("--min_words", 500), "no recipe is left of 9 read: too_short took 9"),
+    "nothing is left": (
+        "a.jsonl",
+        GOOD,
+        ("--min_words", 500),
+        "no recipe is left of 9 read: too_short took 9",
+    ),
     "too many bad rows": ("a.jsonl", GOOD + "no\n" * 9, (), "9 of 18 rows"),
     "nothing in it": ("a.jsonl", "", (), "There is no row"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_a_sentence_or_counted_and_leaves_nothing_half_written(tmp_path, data_py, monkeypatch, case):
+def test_bad_input_is_a_sentence_or_counted_and_leaves_nothing_half_written(
+    tmp_path, data_py, monkeypatch, case
+):
     name, content, flags, wanted = BAD_INPUT[case]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.chdir(tmp_path)
@@ -1067,14 +1318,35 @@ def test_bad_input_is_a_sentence_or_counted_and_leaves_nothing_half_written(tmp_
 def test_a_disk_that_is_full_in_mid_work_leaves_nothing_half_written(tmp_path, tiny_model, where):
     """A limit on the size of a file stands in for the disk."""
     file = write_jsonl(tmp_path / "a.jsonl", made_recipes(400))
-    flags = ["--data", file, "--model", tiny_model, "--cache", tmp_path / "cache", "--max_similar", 2]
+    flags = [
+        "--data",
+        file,
+        "--model",
+        tiny_model,
+        "--cache",
+        tmp_path / "cache",
+        "--max_similar",
+        2,
+    ]
     flags += ["--to", tmp_path / where] * (where != "tokens")
-    script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); " \
-        "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); " \
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", script, ROOT / "data.py", *map(str, flags)], cwd=tmp_path, check=False,
-                          capture_output=True, text=True)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, ROOT / "data.py", *map(str, flags)],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     said = done.stderr.strip().splitlines()[-1]
-    assert done.returncode in (1, 2) and "rror: " in said and "written" in said and "Traceback" not in done.stderr
+    assert (
+        done.returncode in (1, 2)
+        and "rror: " in said
+        and "written" in said
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / where).exists() and not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.glob("cache/tokens/*"))

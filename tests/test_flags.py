@@ -14,7 +14,11 @@ import sample
 import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = {"train.py": [train.Config, recipes.Rules], "sample.py": [sample.Config], "bench.py": [bench.Config]}
+PROGRAMS = {
+    "train.py": [train.Config, recipes.Rules],
+    "sample.py": [sample.Config],
+    "bench.py": [bench.Config],
+}
 
 
 def source(*names):
@@ -37,7 +41,12 @@ def test_every_bound_of_the_rules_is_read(field):
 
 
 @pytest.mark.parametrize(
-    "field", [f.name for f in dataclasses.fields(train.Config) if f.name not in ("data", "val_data", "model")]
+    "field",
+    [
+        f.name
+        for f in dataclasses.fields(train.Config)
+        if f.name not in ("data", "val_data", "model")
+    ],
 )
 def test_every_flag_of_train_has_a_test(field):
     tests = source("tests/test_train.py", "tests/test_data.py", "tests/conftest.py")
@@ -84,7 +93,9 @@ def test_no_import_runs_upwards():
     below["bench"] = {"cli", "lora"}  # it runs the others as programs
     for file, allowed in below.items():
         text = source(f"{file}.py")
-        found = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)) & set(below) - {file}
+        found = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)) & set(below) - {
+            file
+        }
         if file == "train":
             assert "from sample import generate\n" in text
             found.discard("sample")

@@ -20,12 +20,31 @@ import plan
 import quant
 import sample
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 CUDA = torch.device("cuda")
-WIDTHS = models.ModelConfig(8192, 4096, 14336, 2, 32, 8, 128, 2048, 1e-5, 500000.0, {"rope_type": "default"},
-                            False, False, False)
+WIDTHS = models.ModelConfig(
+    8192,
+    4096,
+    14336,
+    2,
+    32,
+    8,
+    128,
+    2048,
+    1e-5,
+    500000.0,
+    {"rope_type": "default"},
+    False,
+    False,
+    False,
+)
 BF16_BOUND, FP8_BOUND = 0.03, 0.3
-FP8 = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no fp8")
+FP8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no fp8"
+)
 
 
 def batch():
@@ -45,12 +64,22 @@ def packed_batch():
     begins = torch.tensor([0, 200, 331, 408, 512, 512], dtype=torch.int32, device="cuda")
     row = torch.zeros(1, 512, dtype=torch.long, device="cuda")
     for i, (a, b) in enumerate(((0, 200), (200, 331), (331, 408))):
-        row[0, a:b] = ids[i, :b - a]
+        row[0, a:b] = ids[i, : b - a]
     return row, begins.long()[where // 200] + where % 200, targets, begins
 
 
-def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, ckpt=False, offload=False, comp=False,
-          blocks=2, cudnn=False):
+def build(
+    kind,
+    dequantised=False,
+    fp8=False,
+    dtype=torch.bfloat16,
+    flash=True,
+    ckpt=False,
+    offload=False,
+    comp=False,
+    blocks=2,
+    cudnn=False,
+):
     """The model as train.build makes it; dequantised: fp32 plain layers that hold what `kind` made of the weights."""
     torch._dynamo.reset()
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
@@ -63,11 +92,18 @@ def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, 
     def make(name, W):
         made = quant.make_linear(kind)(name, W)
         return quant.Plain(made.full(torch.float32)) if dequantised else made
+
     for name, p in list(model.named_parameters()):
-        t = torch.ones(p.shape, device="cuda") if p.dim() == 1 else \
-            torch.randn(p.shape, device="cuda", generator=g) * (1 if name.startswith("embed") else 0.02)
+        t = (
+            torch.ones(p.shape, device="cuda")
+            if p.dim() == 1
+            else torch.randn(p.shape, device="cuda", generator=g)
+            * (1 if name.startswith("embed") else 0.02)
+        )
         t = t.bfloat16()
-        models.place(model, name, t.float() if dequantised and not name.endswith("_proj.weight") else t, make)
+        models.place(
+            model, name, t.float() if dequantised and not name.endswith("_proj.weight") else t, make
+        )
     model.dtype = torch.float32 if dequantised else dtype
     if fp8:
         quant.multiply_in_fp8(model, CUDA)
@@ -75,7 +111,9 @@ def build(kind, dequantised=False, fp8=False, dtype=torch.bfloat16, flash=True, 
     for layer in lora.adapt(model, 16, 32):
         layer.B.data.copy_(torch.randn(layer.B.shape, generator=b) * 0.01)
     if ckpt and not comp:
-        model.around = lambda block, *args: torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+        model.around = lambda block, *args: torch.utils.checkpoint.checkpoint(
+            block, *args, use_reentrant=False
+        )
     if comp:
         quant.Frozen.recomputed = ckpt
         plan.compile_blocks(model, ckpt, halves=offload)
@@ -89,7 +127,9 @@ def gradients(model, packed=False):
     for block in model.layers:
         block.longest = 200
     h = model(ids, cu_seqlens=cu)
-    loss = models.sum_loss(h, model.lm_head.weight, where, targets, 1 / len(targets), True, model.loss_chunk)
+    loss = models.sum_loss(
+        h, model.lm_head.weight, where, targets, 1 / len(targets), True, model.loss_chunk
+    )
     loss.backward()
     grads = {name: p.grad.double() for name, p in lora.parameters(model).items()}
     for p in lora.parameters(model).values():
@@ -104,8 +144,15 @@ def after_steps(model, steps=20):
     optimizer = torch.optim.AdamW(params.values(), lr=1e-4, weight_decay=0, eps=1e-6)
     ids, where, targets = batch()
     for _ in range(steps):
-        models.sum_loss(model(ids), model.lm_head.weight, where, targets, 1 / len(targets), True,
-                        model.loss_chunk).backward()
+        models.sum_loss(
+            model(ids),
+            model.lm_head.weight,
+            where,
+            targets,
+            1 / len(targets),
+            True,
+            model.loss_chunk,
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach().double() - start[name].double() for name, p in params.items()}
@@ -124,6 +171,7 @@ def reference():
         if kind not in cache:
             cache[kind] = gradients(build(kind, dequantised=True, flash=False))
         return cache[kind]
+
     return get
 
 
@@ -131,12 +179,23 @@ ROWS = [  # the flags of bench.py's rows, and the largest relative error of a gr
     pytest.param("none", {}, BF16_BOUND, id="bf16"),
     pytest.param("nf4", {}, BF16_BOUND, id="nf4"),
     pytest.param("nf4", {"fp8": True}, FP8_BOUND, id="fp8", marks=FP8),
-    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True, "cudnn": True}, BF16_BOUND, id="row1"),
-    pytest.param("nf4", {"ckpt": True, "offload": True, "comp": True, "fp8": True, "cudnn": True}, FP8_BOUND, id="row2",
-                 marks=FP8),
+    pytest.param(
+        "nf4", {"ckpt": True, "offload": True, "comp": True, "cudnn": True}, BF16_BOUND, id="row1"
+    ),
+    pytest.param(
+        "nf4",
+        {"ckpt": True, "offload": True, "comp": True, "fp8": True, "cudnn": True},
+        FP8_BOUND,
+        id="row2",
+        marks=FP8,
+    ),
     pytest.param("nf4", {"ckpt": True, "comp": True, "fp8": True}, FP8_BOUND, id="row4", marks=FP8),
-    pytest.param("fp8", {"comp": True, "fp8": True, "cudnn": True}, FP8_BOUND, id="row3", marks=FP8),
-    pytest.param("none", {"ckpt": True, "comp": True, "fp8": True}, FP8_BOUND, id="row5", marks=FP8),
+    pytest.param(
+        "fp8", {"comp": True, "fp8": True, "cudnn": True}, FP8_BOUND, id="row3", marks=FP8
+    ),
+    pytest.param(
+        "none", {"ckpt": True, "comp": True, "fp8": True}, FP8_BOUND, id="row5", marks=FP8
+    ),
     pytest.param("nf4", {"dtype": torch.float16}, BF16_BOUND, id="fp16"),
 ]
 
@@ -148,7 +207,9 @@ def test_gradients_of_every_a_and_b(reference, kind, how, bound):
     assert error <= bound, name
 
 
-@pytest.mark.parametrize("how", [{}, {"ckpt": True, "comp": True}, {"ckpt": True, "offload": True, "comp": True}])
+@pytest.mark.parametrize(
+    "how", [{}, {"ckpt": True, "comp": True}, {"ckpt": True, "offload": True, "comp": True}]
+)
 def test_gradients_of_a_packed_row(reference, how):
     """Through varlen attention, against padded rows in fp32."""
     error, name = worst(gradients(build("nf4", **how), packed=True), reference("nf4"))
@@ -169,9 +230,13 @@ def test_losses_of_packed_recipes_are_those_of_padded_ones():
 
 @pytest.mark.parametrize("kind, how, bound", [p for p in ROWS if p.id in ("row1", "row2")])
 def test_the_adapter_after_20_steps(kind, how, bound):
-    error, name = worst(after_steps(build(kind, **how)), after_steps(build(kind, dequantised=True, flash=False)))
+    error, name = worst(
+        after_steps(build(kind, **how)), after_steps(build(kind, dequantised=True, flash=False))
+    )
     print(f"{kind} {how}: error of the adapter after 20 steps {error:.4f} ({name})")
-    assert error <= 2 * bound, name  # Adam divides by the gradient's size: the smallest, noisiest ones count in full
+    assert error <= 2 * bound, (
+        name
+    )  # Adam divides by the gradient's size: the smallest, noisiest ones count in full
 
 
 @pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=FP8)], ids=["bf16", "fp8"])
@@ -187,7 +252,10 @@ def test_a_planted_fault_is_found(reference, fault, fp8):
         layer.offset.data *= 1.2
     ids, where, targets = batch()
     models.sum_loss(model(ids), model.lm_head.weight, where, targets, 1 / len(targets)).backward()
-    grads = {n: (torch.zeros_like(p) if p.grad is None else p.grad).double() for n, p in lora.parameters(model).items()}
+    grads = {
+        n: (torch.zeros_like(p) if p.grad is None else p.grad).double()
+        for n, p in lora.parameters(model).items()
+    }
     assert worst(grads, reference("nf4"))[0] > (FP8_BOUND if fp8 else BF16_BOUND)
 
 
@@ -210,10 +278,14 @@ def test_offloaded_inputs_leave_the_card():
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
         h.sum().backward()
-    assert held[0] - held[1] > 2 * 24 * 800 * 4096 * 2 * 0.9  # of four: the first's is a leaf, the last's is leaving
+    assert (
+        held[0] - held[1] > 2 * 24 * 800 * 4096 * 2 * 0.9
+    )  # of four: the first's is a leaf, the last's is leaving
 
 
-@pytest.mark.parametrize("how", [{}, pytest.param({"comp": True, "fp8": True}, marks=FP8)], ids=["eager", "row4"])
+@pytest.mark.parametrize(
+    "how", [{}, pytest.param({"comp": True, "fp8": True}, marks=FP8)], ids=["eager", "row4"]
+)
 def test_replayed_graphs_add_the_gradients_of_eager_steps(how):
     """Batches of several shapes, each thrice: the third time is a replay, after others used the same memory."""
     ids, where, targets = batch()
@@ -222,20 +294,27 @@ def test_replayed_graphs_add_the_gradients_of_eager_steps(how):
         model = build("nf4", ckpt=True, **how)
 
         def step(ids, where, targets, scale, cu_seqlens=None, model=model):
-            loss = models.sum_loss(model(ids), model.lm_head.weight, where, targets, scale, True, model.loss_chunk)
+            loss = models.sum_loss(
+                model(ids), model.lm_head.weight, where, targets, scale, True, model.loss_chunk
+            )
             loss.backward()
             return loss.detach()
+
         params = lora.parameters(model).values()
         run = plan.Graphs(step, list(params), CUDA) if graph else step
         losses = []
         for T in (200, 149, 90, 90, 200, 149, 200, 90, 149):
             keep = where % 200 < T - 1
             at = where[keep] // 200 * T + where[keep] % 200
-            losses.append(run(ids[:, :T].contiguous(), at, targets[keep], 1 / int(keep.sum()), None).item())
+            losses.append(
+                run(ids[:, :T].contiguous(), at, targets[keep], 1 / int(keep.sum()), None).item()
+            )
         got.append((losses, torch.cat([p.grad.flatten() for p in params])))
     assert len(run.graphs) == 3
     assert got[0][0] == pytest.approx(got[1][0], rel=2e-3)
-    assert ((got[0][1] - got[1][1]).norm() / got[0][1].norm()).item() < 0.03  # padded further, rounded otherwise
+    assert (
+        (got[0][1] - got[1][1]).norm() / got[0][1].norm()
+    ).item() < 0.03  # padded further, rounded otherwise
 
 
 # --- sampling ---
@@ -256,11 +335,16 @@ def writes(kind, dtype, compiled, **how):
     return [ids for _, ids, _ in sorted(sample.write(writer, PROMPTS, set(range(100))))]
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}], ids=str
+)
 def test_a_step_in_a_cuda_graph_writes_what_an_eager_one_does(how):
     """And greedy what the largest logits of the whole text so far say, without a cache."""
     eager = writes("none", torch.float32, False, **how)
-    assert writes("none", torch.float32, True, **how) == eager and len({tuple(ids) for ids in eager}) == 8
+    assert (
+        writes("none", torch.float32, True, **how) == eager
+        and len({tuple(ids) for ids in eager}) == 8
+    )
     if not how["temperature"]:
         model = build("none", dtype=torch.float32).requires_grad_(False).eval().float()
         for prompt, ids in zip(PROMPTS, eager):
@@ -276,7 +360,9 @@ def test_products_of_few_rows(kind, dtype, bound, N):
     """The kernels that only sampling meets, compiled and eager, against float64."""
     torch._dynamo.reset()
     g = torch.Generator(device="cuda").manual_seed(0)
-    layer = quant.make_linear(kind)("q_proj", torch.randn(1024, 4096, device="cuda", generator=g).mul(0.02).to(dtype))
+    layer = quant.make_linear(kind)(
+        "q_proj", torch.randn(1024, 4096, device="cuda", generator=g).mul(0.02).to(dtype)
+    )
     x = torch.randn(N, 1, 4096, device="cuda", generator=g).to(dtype)
     want = x.double() @ layer.full(torch.float32).double().t()
     products, layer.few = [layer.mm], 64
@@ -286,4 +372,8 @@ def test_products_of_few_rows(kind, dtype, bound, N):
     with torch.no_grad():
         for product in (*products, *(torch.compile(p, dynamic=False) for p in products)):
             y = product(x)
-            assert y.shape == (N, 1, 1024) and y.dtype == dtype and (y - want).norm() / want.norm() < bound
+            assert (
+                y.shape == (N, 1, 1024)
+                and y.dtype == dtype
+                and (y - want).norm() / want.norm() < bound
+            )

@@ -41,7 +41,11 @@ def save_base(folder, **changes):
     with torch.no_grad():
         for name, p in ref.named_parameters():
             noise = torch.randn(p.shape, generator=g)
-            p.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.5 if p.dim() == 1 else p.shape[1] ** -0.5))
+            p.copy_(
+                1 + 0.3 * noise
+                if "norm" in name
+                else noise * (0.5 if p.dim() == 1 else p.shape[1] ** -0.5)
+            )
     ref.save_pretrained(folder)
     return folder
 
@@ -68,7 +72,8 @@ def by_peft(folder, names=NAMES, r=4, alpha=8, **more):
     """The base with an adapter of peft whose B are not zero."""
     torch.manual_seed(2)
     ref = get_peft_model(
-        reference(folder), LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=names, **more)
+        reference(folder),
+        LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=names, **more),
     )
     with torch.no_grad():
         for name, p in ref.named_parameters():
@@ -78,7 +83,9 @@ def by_peft(folder, names=NAMES, r=4, alpha=8, **more):
 
 
 def peft_tensors(ref):
-    return {name.replace(".default.", "."): p for name, p in ref.named_parameters() if ".lora_" in name}
+    return {
+        name.replace(".default.", "."): p for name, p in ref.named_parameters() if ".lora_" in name
+    }
 
 
 def twins(folder, names=NAMES, r=4, alpha=8, rslora=False):
@@ -113,7 +120,9 @@ def mean_loss(model, ids):
     if hasattr(model, "generate"):
         return F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     where = (torch.arange(B)[:, None] * T + torch.arange(T - 1)).flatten()
-    return models.sum_loss(model(ids), model.lm_head.weight, where, ids[:, 1:].flatten(), scale=1 / (B * (T - 1)))
+    return models.sum_loss(
+        model(ids), model.lm_head.weight, where, ids[:, 1:].flatten(), scale=1 / (B * (T - 1))
+    )
 
 
 def gradients(model, ids):
@@ -125,7 +134,9 @@ def gradients(model, ids):
 
 def distance(a, b):
     """Largest difference, relative to the largest entry of b."""
-    return ((a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max()).item()
+    return (
+        (a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max()
+    ).item()
 
 
 def assert_near(got, wanted, rtol):
@@ -139,7 +150,11 @@ def assert_near(got, wanted, rtol):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_plain_layer_computes_what_a_linear_layer_does(bias):
-    W, b, x = torch.randn(7, 5), torch.randn(7) if bias else None, torch.randn(2, 3, 5, requires_grad=True)
+    W, b, x = (
+        torch.randn(7, 5),
+        torch.randn(7) if bias else None,
+        torch.randn(2, 3, 5, requires_grad=True),
+    )
     layer, g = quant.make_linear("none")("layers.0.q_proj", W.clone()), torch.randn(2, 3, 7)
     layer.bias = b
     y = layer(x)
@@ -150,7 +165,10 @@ def test_plain_layer_computes_what_a_linear_layer_does(bias):
 
 
 def test_plain_layer_keeps_its_dtype_and_multiplies_in_that_of_its_input():
-    layer, x = quant.make_linear("none")("layers.0.q_proj", torch.randn(7, 5).bfloat16()), torch.randn(3, 5)
+    layer, x = (
+        quant.make_linear("none")("layers.0.q_proj", torch.randn(7, 5).bfloat16()),
+        torch.randn(3, 5),
+    )
     assert layer.weight.dtype == torch.bfloat16 and not layer.weight.requires_grad
     assert layer(x).dtype == layer.mm_t(torch.randn(3, 7)).dtype == torch.float32
     torch.testing.assert_close(layer(x), x @ layer.weight.float().t())
@@ -159,7 +177,9 @@ def test_plain_layer_keeps_its_dtype_and_multiplies_in_that_of_its_input():
 def kept_for_backward(function, *args):
     """Addresses of the memory that autograd keeps."""
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+    ):
         function(*args)
     return kept
 
@@ -179,7 +199,11 @@ def group(adapted, bias=False, dropout=0.0, r=3, dtype=torch.float32):
     g, layers, exact = torch.Generator().manual_seed(0), [], []
     for i, out in enumerate(SIZES):
         layer = quant.make_linear("none")("", torch.randn(out, 8, generator=g).to(dtype))
-        layer.bias = torch.nn.Parameter(torch.randn(out, generator=g).to(dtype), requires_grad=False) if bias else None
+        layer.bias = (
+            torch.nn.Parameter(torch.randn(out, generator=g).to(dtype), requires_grad=False)
+            if bias
+            else None
+        )
         A = B = None
         if i in adapted:
             layer = lora.LoRA(
@@ -274,10 +298,15 @@ def test_dropout_does_nothing_in_eval_mode():
 @pytest.mark.parametrize("adapted", [[0, 1, 2], [1]])
 def test_dropout_with_a_known_mask_equals_arithmetic_by_hand(monkeypatch, adapted):
     """Only the adapters' input is dropped: the frozen layers see all of x, and x's gradient has both parts."""
-    mask = torch.bernoulli(torch.full((2, 7, 8), 0.6), generator=torch.Generator().manual_seed(1)) / 0.6
+    mask = (
+        torch.bernoulli(torch.full((2, 7, 8), 0.6), generator=torch.Generator().manual_seed(1))
+        / 0.6
+    )
     asked = []
     monkeypatch.setattr(
-        lora.F, "dropout", lambda x, p=0.5, *_, **__: asked.append(p) or x * mask.view(x.shape).to(x.dtype)
+        lora.F,
+        "dropout",
+        lambda x, p=0.5, *_, **__: asked.append(p) or x * mask.view(x.shape).to(x.dtype),
     )
     assert_group_is_right(*group(adapted, dropout=0.4), mask=mask.double())
     assert asked == [0.4]
@@ -311,17 +340,23 @@ CASES = {
 def test_outputs_and_gradients_equal_those_of_peft(base, case):
     ref, ours = twins(base, **CASES[case])
     assert distance(logits(ours, tokens()), logits(ref, tokens())) < 1e-5
-    assert distance(logits(ours, tokens()), logits(frozen(base), tokens())) > 1e-2  # the adapter does something
+    assert (
+        distance(logits(ours, tokens()), logits(frozen(base), tokens())) > 1e-2
+    )  # the adapter does something
     ref.zero_grad()
     mean_loss(ref, tokens()).backward()
-    assert_near(gradients(ours, tokens()), {key: p.grad for key, p in peft_tensors(ref).items()}, 2e-5)
+    assert_near(
+        gradients(ours, tokens()), {key: p.grad for key, p in peft_tensors(ref).items()}, 2e-5
+    )
 
 
 def test_outputs_and_gradients_equal_those_of_peft_on_a_base_with_biases(biased):
     ref, ours = twins(biased)
     assert distance(logits(ours, tokens()), logits(ref, tokens())) < 1e-5
     mean_loss(ref, tokens()).backward()
-    assert_near(gradients(ours, tokens()), {key: p.grad for key, p in peft_tensors(ref).items()}, 2e-5)
+    assert_near(
+        gradients(ours, tokens()), {key: p.grad for key, p in peft_tensors(ref).items()}, 2e-5
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -336,7 +371,9 @@ def test_ten_adamw_steps_end_where_those_of_peft_do(base, case):
             mean_loss(model, tokens(seed=step)).backward()
             optimiser.step()
     assert_near(lora.parameters(ours), peft_tensors(ref), 1e-4)
-    assert all(distance(p, before[key]) > 1e-3 for key, p in lora.parameters(ours).items())  # ten steps went somewhere
+    assert all(
+        distance(p, before[key]) > 1e-3 for key, p in lora.parameters(ours).items()
+    )  # ten steps went somewhere
 
 
 # --- what training may and may not touch ---
@@ -352,7 +389,11 @@ def test_untrained_adapter_changes_nothing(base, targets):
 
 def test_untrained_adapter_is_drawn_as_peft_draws_it_and_by_its_seed(base):
     """A uniform within 1 / sqrt(in), B zero."""
-    drawn = [lora.parameters(model) for seed in (1, 1, 2) if lora.adapt(model := frozen(base), 16, 32, seed=seed)]
+    drawn = [
+        lora.parameters(model)
+        for seed in (1, 1, 2)
+        if lora.adapt(model := frozen(base), 16, 32, seed=seed)
+    ]
     for key in drawn[0]:
         one, same, other = (d[key] for d in drawn)
         assert torch.equal(one, same)
@@ -372,7 +413,9 @@ def test_only_a_and_b_of_the_targets_train_and_the_base_stays(base, targets):
     params = lora.parameters(randomise(model))
     assert len(layers) == 2 * len(wanted) and len(params) == 4 * len(wanted)
     assert {key.split(".")[-3] for key in params} == set(wanted)
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in params.values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in params.values()
+    }
     rest = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
     optimiser = torch.optim.AdamW(params.values(), lr=1e-2)
     for step in range(3):
@@ -403,7 +446,9 @@ def test_bf16_base_has_fp32_adapters_whose_gradients_are_those_of_the_fp32_model
     got, wanted = gradients(half, tokens()), gradients(full, tokens())
     assert {grad.dtype for grad in got.values()} == {torch.float32}
     assert {
-        key: d for key in got if not (d := ((got[key] - wanted[key]).norm() / wanted[key].norm()).item()) < 0.05
+        key: d
+        for key in got
+        if not (d := ((got[key] - wanted[key]).norm() / wanted[key].norm()).item()) < 0.05
     } == {}
 
 
@@ -430,7 +475,10 @@ def test_checkpointing_changes_no_loss_and_no_gradient(base, dropout, reentrant)
     lora.adapt(model, 4, 8, dropout)
     randomise(model)
     results = []
-    for around in (model.around, partial(checkpoint, use_reentrant=reentrant, preserve_rng_state=True)):
+    for around in (
+        model.around,
+        partial(checkpoint, use_reentrant=reentrant, preserve_rng_state=True),
+    ):
         model.around = around
         torch.manual_seed(7)
         results.append(gradients(model, tokens()) | {"loss": mean_loss(model.eval(), tokens())})
@@ -441,7 +489,9 @@ def test_checkpointing_changes_no_loss_and_no_gradient(base, dropout, reentrant)
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("targets", ["all", "q_proj,v_proj"])
-def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(base, targets, checkpointed):
+def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(
+    base, targets, checkpointed
+):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, compiled = frozen(base), frozen(base)
@@ -461,13 +511,22 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(base, t
 
 # --- files ---
 
-SAVED = {"all": {}, "q and v": {"names": ["q_proj", "v_proj"]}, "rslora": {"rslora": True, "r": 9, "alpha": 6}}
+SAVED = {
+    "all": {},
+    "q and v": {"names": ["q_proj", "v_proj"]},
+    "rslora": {"rslora": True, "r": 9, "alpha": 6},
+}
 
 
 def save_ours(model, folder, base, r=4, alpha=8, dropout=0.0, names=NAMES, rslora=False):
     targets = "all" if names == NAMES else ",".join(names)
-    save_file({key: p.detach() for key, p in lora.parameters(model).items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(lora.peft_config(base, r, alpha, dropout, targets, rslora)))
+    save_file(
+        {key: p.detach() for key, p in lora.parameters(model).items()},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(
+        json.dumps(lora.peft_config(base, r, alpha, dropout, targets, rslora))
+    )
 
 
 @pytest.mark.parametrize("case", SAVED)
@@ -522,7 +581,12 @@ def test_peft_reads_our_configuration_as_its_own(base, tmp_path):
         and config.task_type == "CAUSAL_LM"
         and config.base_model_name_or_path == str(base)
     )
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (5, 11, 0.25, True)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (
+        5,
+        11,
+        0.25,
+        True,
+    )
     assert set(config.target_modules) == {"q_proj", "v_proj"}
 
 
@@ -532,7 +596,11 @@ def test_a_saved_adapter_comes_back_with_its_settings(base, tmp_path):
     save_ours(randomise(model), tmp_path, base, 5, 11, 0.25, ["v_proj", "q_proj"], True)
     loaded = frozen(base)
     for layer in lora.load(loaded, tmp_path):
-        assert (layer.scale, layer.dropout, layer.A.shape[0]) == (pytest.approx(11 / math.sqrt(5)), 0.25, 5)
+        assert (layer.scale, layer.dropout, layer.A.shape[0]) == (
+            pytest.approx(11 / math.sqrt(5)),
+            0.25,
+            5,
+        )
     assert_near(lora.parameters(loaded), lora.parameters(model), 1e-9)
     assert torch.equal(logits(loaded.eval(), tokens()), logits(model.eval(), tokens()))
 
@@ -555,7 +623,11 @@ def test_tensors_in_half_precision_fill_fp32_adapters(base, tmp_path):
     loaded = frozen(base)
     lora.load(loaded, tmp_path)
     assert {p.dtype for p in lora.parameters(loaded).values()} == {torch.float32}
-    assert_near(lora.parameters(loaded), {key: p.bfloat16() for key, p in lora.parameters(model).items()}, 1e-9)
+    assert_near(
+        lora.parameters(loaded),
+        {key: p.bfloat16() for key, p in lora.parameters(model).items()},
+        1e-9,
+    )
 
 
 # --- refusals ---
@@ -597,7 +669,10 @@ KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"  # [16, 4
     [
         (lambda t: t.pop(KEY), [KEY]),
         (lambda t: [t.pop(key) for key in list(t)], ["lacks"]),
-        (lambda t: t.update({KEY.replace("v_proj", "k_proj"): t[KEY].clone()}), [KEY.replace("v_proj", "k_proj")]),
+        (
+            lambda t: t.update({KEY.replace("v_proj", "k_proj"): t[KEY].clone()}),
+            [KEY.replace("v_proj", "k_proj")],
+        ),
         (
             lambda t: t.update({KEY.replace("layers.1", "layers.2"): t[KEY].clone()}),
             [KEY.replace("layers.1", "layers.2")],
@@ -610,7 +685,9 @@ KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"  # [16, 4
         (lambda t: t.update({KEY: torch.ones(16, 1)}), [KEY, "[16, 1]", "[16, 4]"]),
         (lambda t: t.update({KEY: torch.ones(4, 16)}), [KEY, "[4, 16]"]),
         (
-            lambda t: t.update({key.removeprefix("base_model.model."): t.pop(key) for key in list(t)}),
+            lambda t: t.update(
+                {key.removeprefix("base_model.model."): t.pop(key) for key in list(t)}
+            ),
             ["model.layers.0.self_attn"],
         ),
     ],
@@ -633,7 +710,13 @@ def test_tensors_that_do_not_fit_are_named(base, saved, change, words):
 
 def test_a_smaller_base_is_refused(base, saved, tmp_path_factory):
     other = save_base(tmp_path_factory.mktemp("smaller"), hidden_size=16, intermediate_size=24)
-    refused(other, saved, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "[4, 32]", "[4, 16]")
+    refused(
+        other,
+        saved,
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "[4, 32]",
+        "[4, 16]",
+    )
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -644,7 +727,12 @@ def test_a_missing_file_is_named(base, saved, file):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda data: data[: len(data) // 2], lambda data: data[:-1], lambda data: b"", lambda data: b"no"],
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: b"",
+        lambda data: b"no",
+    ],
     ids=["half", "last byte", "empty", "text"],
 )
 def test_a_damaged_tensor_file_is_named(base, saved, damage):
@@ -654,7 +742,9 @@ def test_a_damaged_tensor_file_is_named(base, saved, damage):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"{}", b"[]", b"\xff\xfe{}"], ids=["empty", "broken", "no keys", "a list", "no utf-8"]
+    "data",
+    [b"", b"{", b"{}", b"[]", b"\xff\xfe{}"],
+    ids=["empty", "broken", "no keys", "a list", "no utf-8"],
 )
 def test_a_broken_configuration_is_named(base, saved, data):
     (saved / "adapter_config.json").write_bytes(data)

@@ -44,7 +44,9 @@ VARIANTS = {
     "as many key as query heads": {"num_key_value_heads": 4},
     "tied head": {"tie_word_embeddings": True},
     "llama3 rope": {"rope_parameters": LLAMA3, "head_dim": 16},
-    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "linear rope": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    },
     "another theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "head_dim": {"head_dim": 24},
     "attention_bias": {"attention_bias": True},
@@ -57,13 +59,20 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def reference(kind="Llama", **changes):
     """A random model of transformers, with weights so large that every part of it shows in the logits."""
-    config, causal = {"Llama": (LlamaConfig, LlamaForCausalLM), "Mistral": (MistralConfig, MistralForCausalLM)}[kind]
+    config, causal = {
+        "Llama": (LlamaConfig, LlamaForCausalLM),
+        "Mistral": (MistralConfig, MistralForCausalLM),
+    }[kind]
     ref = causal._from_config(config(**(BASE | changes)), attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in ref.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.5 if p.dim() == 1 else 1.5 * p.shape[1] ** -0.5))
+            p.copy_(
+                1 + 0.3 * noise
+                if "norm" in name
+                else noise * (0.5 if p.dim() == 1 else 1.5 * p.shape[1] ** -0.5)
+            )
     return ref
 
 
@@ -133,7 +142,9 @@ def distance(a, b):
 
 def loss_and_gradients(model, ids, lengths, fused=True):
     model.zero_grad()
-    loss = models.sum_loss(model(ids), model.lm_head.weight, *next_tokens(ids, lengths), fused=fused)
+    loss = models.sum_loss(
+        model(ids), model.lm_head.weight, *next_tokens(ids, lengths), fused=fused
+    )
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -142,13 +153,17 @@ def assert_same(got, wanted, rtol=1e-5):
     (loss, grads), (loss0, grads0) = got, wanted
     assert distance(loss, loss0) < rtol
     assert grads.keys() == grads0.keys()
-    assert {name: d for name in grads if not (d := distance(grads[name], grads0[name])) < rtol} == {}
+    assert {
+        name: d for name in grads if not (d := distance(grads[name], grads0[name])) < rtol
+    } == {}
 
 
 # --- parity with transformers ---
 
 
-@pytest.mark.parametrize("written", ["transformers 5", "transformers 4, rope_type", "transformers 4, type"])
+@pytest.mark.parametrize(
+    "written", ["transformers 5", "transformers 4, rope_type", "transformers 4, type"]
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_those_of_transformers(tmp_path, name, written):
     ref = reference(**VARIANTS[name])
@@ -174,7 +189,9 @@ def test_each_variant_shows_in_the_logits(name):
         other = reference(**VARIANTS[name])
         if name in ("llama3 rope", "head_dim"):
             plain = reference(head_dim=VARIANTS[name]["head_dim"])
-        if name == "head_dim":  # has no reference without it: a wrong head_dim cannot even be loaded
+        if (
+            name == "head_dim"
+        ):  # has no reference without it: a wrong head_dim cannot even be loaded
             assert other.model.layers[0].self_attn.q_proj.weight.shape == (4 * 24, 32)
         else:
             assert (plain(ids).logits - other(ids).logits).abs().max() > 1e-2
@@ -186,14 +203,18 @@ def test_several_shards_are_read_as_one(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) >= 3
     model, ids = models.load(tmp_path), tokens(2, 20)
     with torch.no_grad():
-        torch.testing.assert_close(models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype, wanted", [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_weights_are_in_the_dtype_asked_for_or_as_stored(tiny, dtype, wanted):
     model = models.load(tiny, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {wanted}
-    assert model.frequencies.dtype == torch.float32  # an angle of some hundreds has no digits left in bf16
+    assert (
+        model.frequencies.dtype == torch.float32
+    )  # an angle of some hundreds has no digits left in bf16
     assert model(tokens(1, 5)).dtype == wanted
 
 
@@ -251,7 +272,9 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(tiny, c
         block.compile(dynamic=True, fullgraph=True)
     for B, T in ((5, 30), (5, 21), (2, 47), (3, 9)):
         ids, lengths = tokens(B, T), [T, T - 3, T - 1, 2, T][:B]
-        assert_same(loss_and_gradients(compiled, ids, lengths), loss_and_gradients(eager, ids, lengths))
+        assert_same(
+            loss_and_gradients(compiled, ids, lengths), loss_and_gradients(eager, ids, lengths)
+        )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -262,7 +285,10 @@ def test_a_padded_row_has_the_losses_it_has_alone(tiny, flash):
         together = models.logits(model, model(ids))
         for row, n in zip(range(4), ROWS):
             alone = models.logits(model, model(ids[row : row + 1, :n]))[0]
-            losses = [F.cross_entropy(x[: n - 1], ids[row, 1:n], reduction="none") for x in (together[row], alone)]
+            losses = [
+                F.cross_entropy(x[: n - 1], ids[row, 1:n], reduction="none")
+                for x in (together[row], alone)
+            ]
             torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
@@ -281,7 +307,11 @@ def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
         got = [[h[i, n - 1]] for i, n in enumerate(lengths)]
         for step in range(more):
             pos = torch.tensor([[n + step] for n in lengths])
-            h = model(torch.stack([row[n + step : n + step + 1] for row, n in zip(rows, lengths)]), pos, caches)
+            h = model(
+                torch.stack([row[n + step : n + step + 1] for row, n in zip(rows, lengths)]),
+                pos,
+                caches,
+            )
             for i in range(3):
                 got[i].append(h[i, 0])
         for i, n in enumerate(lengths):
@@ -294,9 +324,17 @@ def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
 
 def head_and_targets(N=40, C=16, vocab=V, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(2, N, C, generator=g).to(dtype), (torch.randn(vocab, C, generator=g) * 0.5).to(dtype)
+    h, weight = (
+        torch.randn(2, N, C, generator=g).to(dtype),
+        (torch.randn(vocab, C, generator=g) * 0.5).to(dtype),
+    )
     where = torch.randperm(2 * N, generator=g)[:N]
-    return h.requires_grad_(), weight.requires_grad_(), where, torch.randint(vocab, (N,), generator=g)
+    return (
+        h.requires_grad_(),
+        weight.requires_grad_(),
+        where,
+        torch.randint(vocab, (N,), generator=g),
+    )
 
 
 def exact_loss(h, weight, where, targets, scale=1.0):
@@ -318,7 +356,11 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.detach.default:  # a view makes nothing
             return out
-        self.shapes += [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.shapes += [
+            tuple(x.shape)
+            for x in torch.utils._pytree.tree_leaves(out)
+            if isinstance(x, torch.Tensor)
+        ]
         return out
 
     def numel(self):
@@ -331,7 +373,9 @@ def test_loss_and_its_gradients_equal_torch_in_float64(fused, scale):
     h, weight, where, targets = head_and_targets()
     loss = models.sum_loss(h, weight, where, targets, scale, fused)
     loss.backward()
-    for got, wanted in zip((loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, scale)):
+    for got, wanted in zip(
+        (loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, scale)
+    ):
         assert distance(got, wanted) < 1e-5
 
 
@@ -345,7 +389,10 @@ def test_fused_loss_respects_what_the_caller_does_with_it():
 
 def test_fused_and_plain_loss_train_a_whole_model_alike(tiny):
     ids, model = tokens(4, 30), models.load(tiny)
-    assert_same(loss_and_gradients(model, ids, ROWS, fused=True), loss_and_gradients(model, ids, ROWS, fused=False))
+    assert_same(
+        loss_and_gradients(model, ids, ROWS, fused=True),
+        loss_and_gradients(model, ids, ROWS, fused=False),
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -369,7 +416,8 @@ def test_fused_loss_works_in_chunks_and_each_chunk_counts():
         loss.backward()
     assert largest.numel() <= 2**26 < N * vocab / 2
     for got, wanted in zip(
-        (loss.detach(), h.grad, weight.grad[:few]), exact_loss(h, weight[:few], where, targets % few, scale=0.5)
+        (loss.detach(), h.grad, weight.grad[:few]),
+        exact_loss(h, weight[:few], where, targets % few, scale=0.5),
     ):
         assert distance(got, wanted) < 1e-5
     assert weight.grad[few:].abs().max() < 1e-20
@@ -409,7 +457,9 @@ def test_loss_in_bf16_is_within_a_hundredth_of_float64(fused):
     loss.backward()
     assert loss.dtype == torch.float32 and h.grad.dtype == weight.grad.dtype == torch.bfloat16
     for got, wanted, rtol in zip(
-        (loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, 1 / 200), (2e-3, 1e-2, 1e-2)
+        (loss.detach(), h.grad, weight.grad),
+        exact_loss(h, weight, where, targets, 1 / 200),
+        (2e-3, 1e-2, 1e-2),
     ):
         assert distance(got, wanted) < rtol
 
@@ -417,7 +467,9 @@ def test_loss_in_bf16_is_within_a_hundredth_of_float64(fused):
 # --- loading ---
 
 
-def test_make_linear_gets_each_linear_weight_of_the_blocks_once_and_the_model_holds_what_it_returns(tiny):
+def test_make_linear_gets_each_linear_weight_of_the_blocks_once_and_the_model_holds_what_it_returns(
+    tiny,
+):
     stored, made = load_file(tiny / "model.safetensors"), {}
 
     def make_linear(name, tensor):
@@ -455,7 +507,9 @@ def test_biases_survive_the_replacement_of_their_layer(tmp_path, bias_first):
     for kind, file in zip(
         ("weight", "bias"), "ba" if bias_first else "ab"
     ):  # files are read in the order of their names
-        save_shard(tmp_path, f"{file}.safetensors", {k: v for k, v in stored.items() if k.endswith(kind)})
+        save_shard(
+            tmp_path, f"{file}.safetensors", {k: v for k, v in stored.items() if k.endswith(kind)}
+        )
     model = models.load(tmp_path)
     for leaf, parent in zip(PROJECTIONS, 4 * ["self_attn"] + 3 * ["mlp"]):
         layer = getattr(model.layers[1], leaf)
@@ -465,18 +519,24 @@ def test_biases_survive_the_replacement_of_their_layer(tmp_path, bias_first):
 
 def test_stored_inv_freq_is_accepted(spoiled):
     before, ids = models.load(spoiled)(tokens(1, 9)), tokens(1, 9)
-    edit_tensors(spoiled, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    edit_tensors(
+        spoiled, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    )
     assert torch.equal(models.load(spoiled)(ids), before)
 
 
 def test_tied_head_stored_twice_is_accepted_and_stays_one_tensor(tmp_path):
     ref, ids = reference(tie_word_embeddings=True), tokens(1, 9)
     ref.save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit_tensors(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
     model = models.load(tmp_path)
     assert model.lm_head.weight is model.embed_tokens.weight
     with torch.no_grad():
-        torch.testing.assert_close(models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4
+        )
 
 
 def refused(folder, *words):
@@ -485,7 +545,9 @@ def refused(folder, *words):
         models.load(folder)
     text = str(error.value).replace(str(folder), "")
     for word in words:
-        assert re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", text), f"{word!r} is not named: {error.value}"
+        assert re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", text), (
+            f"{word!r} is not named: {error.value}"
+        )
 
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -567,7 +629,9 @@ def test_a_missing_shard_is_named(tmp_path):
     refused(tmp_path, lost.name)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff"], ids=["broken", "no object", "no weight_map", "no utf-8"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", "\xff"], ids=["broken", "no object", "no weight_map", "no utf-8"]
+)
 def test_a_broken_index_is_named(tmp_path, text):
     reference().save_pretrained(tmp_path, max_shard_size="12KB")
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
@@ -584,9 +648,15 @@ def test_a_folder_without_safetensors_is_named(spoiled):
     [
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["yarn"]),
         ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn"]),
-        ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["dynamic"]),
+        (
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            ["dynamic"],
+        ),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["factor"]),
-        ({"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, ["low_freq_factor"]),
+        (
+            {"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}},
+            ["low_freq_factor"],
+        ),
         ({"sliding_window": 64}, ["sliding_window"]),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
@@ -607,7 +677,8 @@ def test_a_config_that_cannot_be_reproduced_is_refused_by_name(spoiled, changes,
 
 
 @pytest.mark.parametrize(
-    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    "key",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
 )
 def test_a_config_that_lacks_a_size_names_it(spoiled, key):
     config = json.loads((spoiled / "config.json").read_text())

@@ -88,11 +88,21 @@ def test_products_of_a_kind_are_those_of_its_dequantised_weight(kind, fp8, bound
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "fp8"])
 @pytest.mark.parametrize("fp8, bound", [(False, 1e-6), (True, 0.045)])
-@pytest.mark.parametrize("large", [0.02, 3.0])  # 3: rows of B far above W's, beyond what W's scale could hold
+@pytest.mark.parametrize(
+    "large", [0.02, 3.0]
+)  # 3: rows of B far above W's, beyond what W's scale could hold
 def test_a_loras_products_ride_along(kind, fp8, bound, large):
     made, g = layer(kind, weight(), fp8), torch.Generator().manual_seed(1)
-    W, x, dy = made.full(torch.float32), torch.randn(5, 128, generator=g), torch.randn(5, 256, generator=g)
-    u, B, A = torch.randn(5, 6, generator=g), torch.randn(256, 6, generator=g) * large, torch.randn(6, 128, generator=g)
+    W, x, dy = (
+        made.full(torch.float32),
+        torch.randn(5, 128, generator=g),
+        torch.randn(5, 256, generator=g),
+    )
+    u, B, A = (
+        torch.randn(5, 6, generator=g),
+        torch.randn(256, 6, generator=g) * large,
+        torch.randn(6, 128, generator=g),
+    )
     assert error(made.mm(x, u, B), x @ W.t() + u @ B.t()) <= bound
     assert error(made.mm_t(dy, u, A), dy @ W + u @ A) <= bound
 
@@ -168,8 +178,14 @@ def test_a_model_is_quantised_while_it_loads(tmp_path):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: quant.make_linear("nf4")("layers.3.up_proj", torch.ones(64, 96)), ["3.up_proj", "96", "--quant"]),
-        (lambda: quant.multiply_in_fp8(torch.nn.Module(), torch.device("mps")), ["--fp8", "8.9", "drop"]),
+        (
+            lambda: quant.make_linear("nf4")("layers.3.up_proj", torch.ones(64, 96)),
+            ["3.up_proj", "96", "--quant"],
+        ),
+        (
+            lambda: quant.multiply_in_fp8(torch.nn.Module(), torch.device("mps")),
+            ["--fp8", "8.9", "drop"],
+        ),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_by_name(make, words):
@@ -195,9 +211,13 @@ def test_bitsandbytes_missing_or_without_a_library_for_the_card(monkeypatch):
 
 
 def test_bitsandbytes_comes_only_where_it_is_needed_and_without_a_warning():
-    code = "import sys, train, torch, quant; assert 'bitsandbytes' not in sys.modules; " \
-           "quant.bitsandbytes(torch.device('cpu')); assert 'bitsandbytes' in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = (
+        "import sys, train, torch, quant; assert 'bitsandbytes' not in sys.modules; "
+        "quant.bitsandbytes(torch.device('cpu')); assert 'bitsandbytes' in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -211,6 +231,8 @@ def test_joined_projections_are_those_of_each_layer(N):
     joined, x = quant.Joined(layers), torch.randn(N, 1, 128, generator=g)
     got = joined(x, layers)
     assert all(torch.equal(layer.full(torch.float32), W) for layer, W in zip(layers, before))
-    assert all(layer.weight.untyped_storage().data_ptr() == joined.codes.data_ptr() for layer in layers)
+    assert all(
+        layer.weight.untyped_storage().data_ptr() == joined.codes.data_ptr() for layer in layers
+    )
     for y, W in zip(got, before, strict=True):
         torch.testing.assert_close(y, (x.double() @ W.double().t()).float(), rtol=1e-4, atol=1e-4)

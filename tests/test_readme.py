@@ -42,7 +42,9 @@ def test_there_are_commands_to_check():
 
 
 def test_the_file_table_has_every_file():
-    assert set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE)) == {f.name for f in ROOT.glob("*.py")}
+    assert set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE)) == {
+        f.name for f in ROOT.glob("*.py")
+    }
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", README))))

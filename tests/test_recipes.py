@@ -79,7 +79,15 @@ def table(*rows, header=("", "title", "ingredients", "directions", "link", "sour
 
 
 def line(n, title, ingredients, directions):
-    return [n, title, json.dumps(ingredients), json.dumps(directions), "www.x.org/1", "Gathered", '["flour"]']
+    return [
+        n,
+        title,
+        json.dumps(ingredients),
+        json.dumps(directions),
+        "www.x.org/1",
+        "Gathered",
+        '["flour"]',
+    ]
 
 
 def heap(path, allow_bad=1.0):
@@ -106,13 +114,19 @@ def test_the_text_of_what_is_no_recipe():
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.json", "a.json.gz", "A.CSV.GZ"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.json", "a.json.gz", "A.CSV.GZ"]
+)
 def test_every_format_gives_the_same_recipe(tmp_path, name):
     kind = name.lower().removesuffix(".gz")
-    content = {"a.jsonl": json.dumps(ROW) + "\n", "a.csv": table(line(0, **ROW)), "a.json": json.dumps([ROW])}[
-        kind
-    ].encode()
-    got, account = heap(put(tmp_path / name, gzip.compress(content) if name.lower().endswith(".gz") else content), 0)
+    content = {
+        "a.jsonl": json.dumps(ROW) + "\n",
+        "a.csv": table(line(0, **ROW)),
+        "a.json": json.dumps([ROW]),
+    }[kind].encode()
+    got, account = heap(
+        put(tmp_path / name, gzip.compress(content) if name.lower().endswith(".gz") else content), 0
+    )
     assert got == [TEA]
     assert (account.read, account.bad) == (1, 0)
 
@@ -127,19 +141,28 @@ def test_the_wikibooks_json(tmp_path):
         "ingredients": ["water", "tea"],
         "steps": ["Boil.", "Pour."],
     }
-    got, _ = heap(put(tmp_path / "a.json", json.dumps({"Cookbook:Tea": page, "Cookbook:Tea 2": page})))
+    got, _ = heap(
+        put(tmp_path / "a.json", json.dumps({"Cookbook:Tea": page, "Cookbook:Tea 2": page}))
+    )
     assert got == [TEA, TEA]
 
 
 def test_rows_that_are_no_recipe_are_left_as_they_are(tmp_path):
-    rows = [{"text": "  a\n\n&amp; b "}, {"prompt": "Q: ", "completion": " 1.  x\n"}, {"title": "T", "text": "page"}]
+    rows = [
+        {"text": "  a\n\n&amp; b "},
+        {"prompt": "Q: ", "completion": " 1.  x\n"},
+        {"title": "T", "text": "page"},
+    ]
     got, _ = heap(put(tmp_path / "a.jsonl", jsonl(*rows)))
     assert [r.text() for r in got] == [("", "  a\n\n&amp; b "), ("Q: ", " 1.  x\n"), ("", "page")]
     assert [r.text() for r in cleaned(got)[0]] == [r.text() for r in got]
 
 
 def test_several_files_are_one_heap(tmp_path):
-    a, b = put(tmp_path / "a.jsonl", jsonl(ROW)), put(tmp_path / "b.json", json.dumps([ROW | {"title": "B"}]))
+    a, b = (
+        put(tmp_path / "a.jsonl", jsonl(ROW)),
+        put(tmp_path / "b.json", json.dumps([ROW | {"title": "B"}])),
+    )
     account = Account()
     assert [r.title for r in read([a, str(b)], account)] == ["Tea", "B"]
     assert account.read == 2
@@ -147,7 +170,9 @@ def test_several_files_are_one_heap(tmp_path):
 
 def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     row = json.dumps(ROW | {"title": "a\u2028b\x85c"}, ensure_ascii=False)
-    got, account = heap(put(tmp_path / "a.jsonl", row + "\r\n" + json.dumps(ROW)))  # mixed ends, none behind the last
+    got, account = heap(
+        put(tmp_path / "a.jsonl", row + "\r\n" + json.dumps(ROW))
+    )  # mixed ends, none behind the last
     assert [r.title for r in got] == ["a\u2028b\x85c", "Tea"]
     assert account.bad == 0
 
@@ -159,7 +184,10 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
         ("a.json", json.dumps([ROW])),
         (
             "a.csv",
-            table(["Tea", '["water", "tea"]', '["Boil.", "Pour."]'], header=("title", "ingredients", "directions")),
+            table(
+                ["Tea", '["water", "tea"]', '["Boil.", "Pour."]'],
+                header=("title", "ingredients", "directions"),
+            ),
         ),
     ],
 )
@@ -170,19 +198,27 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name, content):
 def test_csv_with_newlines_quotes_and_a_huge_field(tmp_path):
     title, step = 'The "best", ever\r\npie', 'Say "oh",\nthen\u2028bake.'
     content = table(
-        line(0, title, ["a", "b"], [step]), line(1, "Big", ["x" * 5_000_000], ["y"]), line(2, "Z", ["a"], "y")
+        line(0, title, ["a", "b"], [step]),
+        line(1, "Big", ["x" * 5_000_000], ["y"]),
+        line(2, "Z", ["a"], "y"),
     )
     got, account = heap(put(tmp_path / "a.csv", content))
     assert got[0] == Recipe(title, ["a", "b"], [step])
     assert len(got[1].ingredients[0]) == 5_000_000
-    assert account.bad_examples[0].startswith(f"{tmp_path}/a.csv:5: `directions`")  # header, a row of 2 lines, a row
+    assert account.bad_examples[0].startswith(
+        f"{tmp_path}/a.csv:5: `directions`"
+    )  # header, a row of 2 lines, a row
 
 
 def test_csv_keeps_the_rows_around_a_stray_quote(tmp_path):
     good = table(line(1, **ROW)).split("\r\n", 1)[1]
     header = table()
-    got, account = heap(put(tmp_path / "a.csv", header + good + '2,"open,[],[],l,s,n\r\n' + good * 3))
-    assert account.bad == 1  # the open quote swallows the next row up to that row's first quote, and no more
+    got, account = heap(
+        put(tmp_path / "a.csv", header + good + '2,"open,[],[],l,s,n\r\n' + good * 3)
+    )
+    assert (
+        account.bad == 1
+    )  # the open quote swallows the next row up to that row's first quote, and no more
     assert got == [TEA, TEA, TEA]
 
 
@@ -220,8 +256,14 @@ BAD_LINES = {
     "completion a number": ('{"prompt": "a", "completion": 1}', "`completion`"),
     "prompt null": ('{"prompt": null, "completion": "a"}', "`prompt`"),
     "invalid UTF-8": (b'{"title": "\xff", "ingredients": [], "directions": []}', "UTF-8"),
-    "a lone surrogate in the title": (r'{"title": "\ud800", "ingredients": [], "directions": []}', "surrogate"),
-    "a lone surrogate in a step": (r'{"title": "x", "ingredients": [], "directions": ["\udc00"]}', "surrogate"),
+    "a lone surrogate in the title": (
+        r'{"title": "\ud800", "ingredients": [], "directions": []}',
+        "surrogate",
+    ),
+    "a lone surrogate in a step": (
+        r'{"title": "x", "ingredients": [], "directions": ["\udc00"]}',
+        "surrogate",
+    ),
     "a lone surrogate in a text": (r'{"text": "a \ud83c b"}', "surrogate"),
     "a thousand brackets": ("[" * 100_000, "recursion"),
     "seven hundred brackets, closed": ("[" * 700 + "]" * 700, ""),
@@ -237,7 +279,10 @@ def test_a_bad_line_is_counted_and_shown_with_its_number(tmp_path, name):
     got, account = heap(put(tmp_path / "a.jsonl", good + bad + b"\n" + good))
     assert got == [TEA, TEA]  # the rows around it are whole
     assert (account.read, account.bad) == (2, 1)
-    assert account.bad_examples[0].startswith(f"{tmp_path}/a.jsonl:2: ") and why in account.bad_examples[0]
+    assert (
+        account.bad_examples[0].startswith(f"{tmp_path}/a.jsonl:2: ")
+        and why in account.bad_examples[0]
+    )
     account.bad_examples[0].encode()  # it can be printed
     with pytest.raises(UserError, match="--allow_bad"):
         heap(tmp_path / "a.jsonl", 0.01)
@@ -262,13 +307,18 @@ def test_a_bad_csv_row_is_counted_and_shown_with_its_number(tmp_path, name):
     got, account = heap(put(tmp_path / "a.csv", table(good, row, good)))
     assert got == [TEA, TEA]
     assert (account.read, account.bad) == (2, 1)
-    assert account.bad_examples[0].startswith(f"{tmp_path}/a.csv:3: ") and why in account.bad_examples[0]
+    assert (
+        account.bad_examples[0].startswith(f"{tmp_path}/a.csv:3: ")
+        and why in account.bad_examples[0]
+    )
 
 
 @pytest.mark.parametrize("old", [b"Bad", b"salt", b"Stir"])
 def test_a_csv_row_that_is_no_utf8_spoils_only_itself(tmp_path, old):
     good = line(0, **ROW)
-    content = table(good, line(1, "Bad", ["salt"], ["Stir"]), good).encode().replace(old, b"\xe9\xff")
+    content = (
+        table(good, line(1, "Bad", ["salt"], ["Stir"]), good).encode().replace(old, b"\xe9\xff")
+    )
     got, account = heap(put(tmp_path / "a.csv", content))
     assert got == [TEA, TEA]
     assert "a.csv:3: " in account.bad_examples[0] and "UTF-8" in account.bad_examples[0]
@@ -296,7 +346,9 @@ def test_the_share_of_bad_rows_that_is_allowed(tmp_path):
     with pytest.raises(UserError, match="1 of 100 rows"):
         heap(path, 0.009)
     rows = read([path], Account(), 0)
-    assert len([next(rows) for _ in range(99)]) == 99  # the good rows come first, the verdict at the end
+    assert (
+        len([next(rows) for _ in range(99)]) == 99
+    )  # the good rows come first, the verdict at the end
     with pytest.raises(UserError):
         next(rows)
 
@@ -307,10 +359,18 @@ GZ = gzip.compress(jsonl(*[ROW | {"title": str(n)} for n in range(2000)]).encode
 BAD_FILES = {
     "gzip cut off": ("a.jsonl.gz", GZ[: len(GZ) // 2], "cut off"),
     "gzip without its tail": ("a.jsonl.gz", GZ[:-4], "cut off"),
-    "gzip with bad bytes": ("a.jsonl.gz", GZ[: len(GZ) // 2] + b"\xff\0\xff\0" + GZ[len(GZ) // 2 + 4 :], "to its end"),
+    "gzip with bad bytes": (
+        "a.jsonl.gz",
+        GZ[: len(GZ) // 2] + b"\xff\0\xff\0" + GZ[len(GZ) // 2 + 4 :],
+        "to its end",
+    ),
     "gzip of no blocks": ("a.jsonl.gz", GZ[:10] + b"\xff" * 99, "to its end"),
     "no gzip": ("a.jsonl.gz", jsonl(ROW), "[Nn]ot a gzipped file"),
-    "csv.gz cut off": ("a.csv.gz", gzip.compress(table(line(0, "Tea", ["a"], ["b"])).encode())[:-9], "cut off"),
+    "csv.gz cut off": (
+        "a.csv.gz",
+        gzip.compress(table(line(0, "Tea", ["a"], ["b"])).encode())[:-9],
+        "cut off",
+    ),
     "broken json": ("a.json", '[{"title": "a"},\n nonsense]', "broken JSON.*line 2"),
     "json that is no utf-8": ("a.json", b'["\xff"]', "broken JSON"),
     "json that is a number": ("a.json", "3", "1 of 1 rows"),
@@ -318,8 +378,16 @@ BAD_FILES = {
     "an empty json": ("a.json", "[]", "no row"),
     "a csv of a header": ("a.csv", table(), "no row"),
     "an empty csv": ("a.csv", "", "lacks the columns title, ingredients, directions"),
-    "csv without directions": ("a.csv", "title,ingredients,steps\n", "lacks the columns directions.*'steps'"),
-    "csv of another kind": ("a.csv", "name;what\n\xff;2\n".encode("latin-1"), "lacks the columns title.*name;what"),
+    "csv without directions": (
+        "a.csv",
+        "title,ingredients,steps\n",
+        "lacks the columns directions.*'steps'",
+    ),
+    "csv of another kind": (
+        "a.csv",
+        "name;what\n\xff;2\n".encode("latin-1"),
+        "lacks the columns title.*name;what",
+    ),
     "an unknown ending": ("a.txt", "Tea", r"\.json, \.jsonl, \.csv"),
     "an unknown ending under gz": ("a.parquet.gz", "Tea", r"\.json, \.jsonl, \.csv"),
 }
@@ -333,7 +401,9 @@ def test_a_bad_file_is_a_sentence(tmp_path, name):
     assert str(tmp_path / file) in str(e.value)
 
 
-@pytest.mark.parametrize("name, message", [("folder", r"folder.*\.jsonl"), ("none.jsonl", "does not exist")])
+@pytest.mark.parametrize(
+    "name, message", [("folder", r"folder.*\.jsonl"), ("none.jsonl", "does not exist")]
+)
 def test_no_file_is_a_sentence_before_the_first_row(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
     good = put(tmp_path / "a.jsonl", jsonl(ROW))
@@ -395,11 +465,17 @@ def test_not_repaired(text):
 
 
 def test_empty_items_go_and_the_title_is_tidied_and_each_repair_is_counted_once():
-    dirty = Recipe(" Fish &amp;\u00a0Chips ", ["", "fish", " - ", "*", "&nbsp;", "chips"], ["1.", "1. Fry.", "2. Eat."])
+    dirty = Recipe(
+        " Fish &amp;\u00a0Chips ",
+        ["", "fish", " - ", "*", "&nbsp;", "chips"],
+        ["1.", "1. Fry.", "2. Eat."],
+    )
     got, account = cleaned([dirty, BREAD])
     assert got == [Recipe("Fish & Chips", ["fish", "chips"], ["Fry.", "Eat."]), BREAD]
     assert account.repaired == 1
-    assert dirty.ingredients[1] == "fish" and len(dirty.ingredients) == 6  # the recipe that came in is not changed
+    assert (
+        dirty.ingredients[1] == "fish" and len(dirty.ingredients) == 6
+    )  # the recipe that came in is not changed
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------
@@ -416,8 +492,15 @@ def recipe(words=40, ingredients=3, steps=2, title="Tea"):
     return Recipe(title, items, parts)
 
 
-BOUNDS = Rules(min_words=20, max_words=60, min_ingredients=2, max_ingredients=5, min_steps=2, min_mentioned=0,
-               max_similar=2)
+BOUNDS = Rules(
+    min_words=20,
+    max_words=60,
+    min_ingredients=2,
+    max_ingredients=5,
+    min_steps=2,
+    min_mentioned=0,
+    max_similar=2,
+)
 RULE_CASES = {  # rule: what it drops, what just passes, and the example
     "no_title": ({"title": ""}, {"title": "T"}, "(no title): no title"),
     "too_short": ({"words": 19}, {"words": 20}, "Tea: words: 19"),
@@ -429,8 +512,14 @@ RULE_CASES = {  # rule: what it drops, what just passes, and the example
 
 
 def test_every_rule_has_a_case_a_docstring_and_a_count_of_zero():
-    assert [*RULE_CASES, "points_elsewhere", "unused_ingredients", "rare_ingredient",
-            "duplicate", "near_duplicate"] == list(RULES)
+    assert [
+        *RULE_CASES,
+        "points_elsewhere",
+        "unused_ingredients",
+        "rare_ingredient",
+        "duplicate",
+        "near_duplicate",
+    ] == list(RULES)
     assert all(rule.__doc__ for rule in RULES.values())
     assert Account().dropped == dict.fromkeys(RULES, 0)
     assert Account().examples == {name: [] for name in RULES}
@@ -447,10 +536,22 @@ def test_a_rule_drops_what_is_beyond_its_bound_and_only_that(rule):
     assert account.kept == 2
 
 
-@pytest.mark.parametrize("step", [
-    "Prepare the duck as for wild duck.", "Prepare as above", "Same as the last.", "See Pie Crust.", "see page 12",
-    "Cook this pudding like the previous one", "Follow recipe for mixing butter cakes.", "Bake the same as any bread",
-    "Make a syrup as for Lemon Ice", "Treat further as for Ham Strudel (No. 1229)", "As directed above."])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "Prepare the duck as for wild duck.",
+        "Prepare as above",
+        "Same as the last.",
+        "See Pie Crust.",
+        "see page 12",
+        "Cook this pudding like the previous one",
+        "Follow recipe for mixing butter cakes.",
+        "Bake the same as any bread",
+        "Make a syrup as for Lemon Ice",
+        "Treat further as for Ham Strudel (No. 1229)",
+        "As directed above.",
+    ],
+)
 def test_a_step_that_only_points_to_another_recipe(step):
     rest = ["Sift flour and soda.", "Bake for an hour."]
     got, account = cleaned([Recipe("Bread", BREAD.ingredients, [*rest, step])], LOOSE)
@@ -458,10 +559,18 @@ def test_a_step_that_only_points_to_another_recipe(step):
     assert account.examples["points_elsewhere"] == [f"Bread: {step!r}"]
 
 
-@pytest.mark.parametrize("step", [
-    "Cook the pasta as directed on the package.", "See that the oven is hot.", "Serve as a starter.",
-    "Make the pudding as directed on the box; let stand.", "Cook as for a crowd," + " and stir" * 8,
-    "Serve with cream as in summer berries are plenty and cheap enough for all to eat", "Bake as long as it takes."])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "Cook the pasta as directed on the package.",
+        "See that the oven is hot.",
+        "Serve as a starter.",
+        "Make the pudding as directed on the box; let stand.",
+        "Cook as for a crowd," + " and stir" * 8,
+        "Serve with cream as in summer berries are plenty and cheap enough for all to eat",
+        "Bake as long as it takes.",
+    ],
+)
 def test_a_step_that_says_what_to_do_stays(step):
     recipe = Recipe("Bread", BREAD.ingredients, ["Sift flour and soda.", step])
     assert cleaned([recipe], LOOSE)[0] == [recipe]
@@ -470,15 +579,18 @@ def test_a_step_that_says_what_to_do_stays(step):
 ITEMS = ["2 cups flour", "3 large tomatoes", "1 egg", "a pinch of salt"]
 
 
-@pytest.mark.parametrize("ingredients, directions, stays", [
-    (ITEMS, "Bake it. Eat it.", False),
-    (ITEMS, "Bake a tomato.", True),                       # 1 of 4, in the singular
-    ([*ITEMS, "butter", "honey"], "Stir the honey.", False),  # 1 of 6 is less than a fifth
-    (ITEMS, "Mix all the ingredients.", True),
-    (ITEMS, "Put everything into a bowl.", True),
-    (ITEMS[:3], "Bake it. Eat it.", True),                 # too few to tell
-    (["1 cup", "2 large", "3", "4"], "Bake it.", True),    # no names at all
-])
+@pytest.mark.parametrize(
+    "ingredients, directions, stays",
+    [
+        (ITEMS, "Bake it. Eat it.", False),
+        (ITEMS, "Bake a tomato.", True),  # 1 of 4, in the singular
+        ([*ITEMS, "butter", "honey"], "Stir the honey.", False),  # 1 of 6 is less than a fifth
+        (ITEMS, "Mix all the ingredients.", True),
+        (ITEMS, "Put everything into a bowl.", True),
+        (ITEMS[:3], "Bake it. Eat it.", True),  # too few to tell
+        (["1 cup", "2 large", "3", "4"], "Bake it.", True),  # no names at all
+    ],
+)
 def test_ingredients_that_the_directions_never_name(ingredients, directions, stays):
     got, account = cleaned([Recipe("Pie", ingredients, [directions, "Serve."])], LOOSE)
     assert len(got) == stays == 1 - account.dropped["unused_ingredients"]
@@ -488,22 +600,40 @@ def test_ingredients_that_the_directions_never_name(ingredients, directions, sta
         assert account.examples["unused_ingredients"] == [f"Pie: {why}"]
 
 
-@pytest.mark.parametrize("before, after", [
-    ("Stir.<ref>Cook, 1899</ref> Serve.", "Stir. Serve."), ("Stir<ref name=a/> well", "Stir well"),
-    ("<b>Stir</b> <br/>well", "Stir well"), ("Beat ([https://x.org/v see]) it", "Beat () it"),
-    ("Read https://x.org/a?b=1 first", "Read first"), ("<span class='x'>½ cup</span>", "½ cup")])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("Stir.<ref>Cook, 1899</ref> Serve.", "Stir. Serve."),
+        ("Stir<ref name=a/> well", "Stir well"),
+        ("<b>Stir</b> <br/>well", "Stir well"),
+        ("Beat ([https://x.org/v see]) it", "Beat () it"),
+        ("Read https://x.org/a?b=1 first", "Read first"),
+        ("<span class='x'>½ cup</span>", "½ cup"),
+    ],
+)
 def test_markup_and_links_go(before, after):
     assert repair(Recipe("T", [before], [before])) == Recipe("T", [after], [after])
 
 
-@pytest.mark.parametrize("text", ["under <5 g of salt", "a < b > c", "x <3 y", "Source a good ham.", "Adapt it"])
+@pytest.mark.parametrize(
+    "text", ["under <5 g of salt", "a < b > c", "x <3 y", "Source a good ham.", "Adapt it"]
+)
 def test_what_only_looks_like_markup_or_boilerplate_stays(text):
     recipe = Recipe("T", [text], [text])
     assert repair(recipe) is recipe
 
 
-@pytest.mark.parametrize("item", ["Originally published at https://x.org/food", "© 1999 A. Cook", "Recipe by A. Cook",
-                                  "All rights reserved.", "Source: somebody's blog", "Click here to print"])
+@pytest.mark.parametrize(
+    "item",
+    [
+        "Originally published at https://x.org/food",
+        "© 1999 A. Cook",
+        "Recipe by A. Cook",
+        "All rights reserved.",
+        "Source: somebody's blog",
+        "Click here to print",
+    ],
+)
 def test_items_about_the_page_go(item):
     assert repair(Recipe("T", ["tea", item], ["Stir.", item])) == Recipe("T", ["tea"], ["Stir."])
 
@@ -511,7 +641,9 @@ def test_items_about_the_page_go(item):
 def test_duplicates_by_content_whatever_the_title_case_and_white_space():
     other = Recipe("Pumpkin Bread", BREAD.ingredients, [*BREAD.directions, "Eat."])
     again = Recipe(
-        "Bread", [s.upper() for s in BREAD.ingredients], [s.replace(" ", "\xa0  ") for s in BREAD.directions]
+        "Bread",
+        [s.upper() for s in BREAD.ingredients],
+        [s.replace(" ", "\xa0  ") for s in BREAD.directions],
     )
     got, account = cleaned([BREAD, other, again, BREAD], LOOSE)
     assert got == [BREAD, other]
@@ -559,7 +691,9 @@ def test_near_duplicates_of_the_first_recipes_are_still_found():
     assert not any(near.find(s.tobytes(), Near.banded(s), 0.8) for s in sets)
     found = 0
     for s in sets[:400]:
-        copy = np.concatenate([s[:len(s) - 10], rng.integers(0, 2**32, 10, dtype=np.uint32)])  # 80 of 100: J = 0.8
+        copy = np.concatenate(
+            [s[: len(s) - 10], rng.integers(0, 2**32, 10, dtype=np.uint32)]
+        )  # 80 of 100: J = 0.8
         same = near.find(np.unique(copy).tobytes(), Near.banded(np.unique(copy)), 0.75)
         found += same > 0
         assert same == 0 or 0.75 <= same <= 0.82
@@ -569,8 +703,10 @@ def test_near_duplicates_of_the_first_recipes_are_still_found():
 def test_near_duplicates_by_hand():
     """12 words are 10 triples; one changed in the middle leaves 7 of 13, one at the end 9 of 11, which is above 0.8."""
     words = ["a1", "b2", "c3", "d4", "e5", "f6", "g7", "h8"]
+
     def made(*steps):
         return Recipe("T", ["i1", "j2"], [" ".join(words), *steps])
+
     one, middle, end = made("k1 l2"), made("k1 l2"), made("k1 l3")
     middle.directions = [middle.directions[0].replace("d4", "d5"), "k1 l2"]
     got, account = cleaned([one, middle, end], Rules(min_words=0, min_mentioned=0))
@@ -585,14 +721,18 @@ def test_the_account_of_a_made_up_recipenlg_is_what_was_planted(tmp_path, rows):
     path, account, rules = tmp_path / "full_dataset.csv", Account(), Rules(min_share=3e-5)
     planted = recipenlg(path, rows, rows, share=0.025)
     known = common(read([path], Account(), 0.1, names), rules)
-    kept = list(clean(read([path], account, 0.1, partial(judge, Heap(rules, known))), rules, account))
+    kept = list(
+        clean(read([path], account, 0.1, partial(judge, Heap(rules, known))), rules, account)
+    )
     if rows < 50_000:
         assert known is None
         planted["kept"] += planted.pop("rare_ingredient")
     missed = planted["near_duplicate"] - account.dropped["near_duplicate"]
     assert min(planted.values()) > 100 and account.bad == planted.pop("bad")
     assert len(kept) == account.kept == planted.pop("kept") + missed
-    assert 0 <= missed <= 0.05 * planted.pop("near_duplicate")  # none that is honest, or the count would be above
+    assert (
+        0 <= missed <= 0.05 * planted.pop("near_duplicate")
+    )  # none that is honest, or the count would be above
     account.dropped.pop("near_duplicate")
     assert account.dropped == dict.fromkeys(account.dropped, 0) | planted
 
@@ -605,12 +745,16 @@ def test_a_dropped_recipe_makes_no_duplicate():
 
 
 def test_the_first_rule_that_fails_counts():
-    _, account = cleaned([recipe(words=5, ingredients=1, steps=1), recipe(words=61, ingredients=9, steps=1)], BOUNDS)
+    _, account = cleaned(
+        [recipe(words=5, ingredients=1, steps=1), recipe(words=61, ingredients=9, steps=1)], BOUNDS
+    )
     assert account.dropped == dict.fromkeys(RULES, 0) | {"too_short": 1, "too_long": 1}
 
 
 def test_words_are_the_texts_words_and_not_the_formats():
-    rules = Rules(min_words=19, max_words=19)  # Pumpkin Bread 2, ingredients 3 + 4, steps 6 + 5 = 20 words
+    rules = Rules(
+        min_words=19, max_words=19
+    )  # Pumpkin Bread 2, ingredients 3 + 4, steps 6 + 5 = 20 words
     assert cleaned([BREAD], rules)[1].examples["too_long"] == ["Pumpkin Bread: words: 20"]
 
 
@@ -624,7 +768,11 @@ def test_a_text_is_asked_only_what_makes_sense_for_it():
     ]  # other white space is another text
     got, account = cleaned(texts, BOUNDS)
     assert got == [texts[0], texts[4]]
-    assert account.dropped == dict.fromkeys(RULES, 0) | {"too_short": 1, "too_long": 1, "duplicate": 1}
+    assert account.dropped == dict.fromkeys(RULES, 0) | {
+        "too_short": 1,
+        "too_long": 1,
+        "duplicate": 1,
+    }
     assert account.examples["too_short"] == ["too short: words: 2"]
     assert account.repaired == 0
 
@@ -633,11 +781,19 @@ def test_the_account_adds_up_and_shows_three_examples(tmp_path):
     stubs = [ROW | {"title": f"Stub {n}", "directions": []} for n in range(5)]
     rows = [*stubs, ROW, ROW, ROW | {"ingredients": ["&frac12; tea", "water"]}]
     account = Account()
-    got = list(clean(read([put(tmp_path / "a.jsonl", jsonl(*rows) + "no\n")], account, 0.5), LOOSE, account))
+    got = list(
+        clean(
+            read([put(tmp_path / "a.jsonl", jsonl(*rows) + "no\n")], account, 0.5), LOOSE, account
+        )
+    )
     assert [r.ingredients for r in got] == [["water", "tea"], ["½ tea", "water"]]
     assert (account.read, account.bad, account.repaired, account.kept) == (8, 1, 1, 2)
     assert account.dropped == dict.fromkeys(RULES, 0) | {"few_steps": 5, "duplicate": 1}
-    assert account.examples["few_steps"] == ["Stub 0: steps: 0", "Stub 1: steps: 0", "Stub 2: steps: 0"]
+    assert account.examples["few_steps"] == [
+        "Stub 0: steps: 0",
+        "Stub 1: steps: 0",
+        "Stub 2: steps: 0",
+    ]
 
 
 def test_cleaning_streams():
@@ -671,7 +827,15 @@ def some_keys(n, seed=0):
 
 def test_held_out_counts_exactly_where_it_can_and_never_more_than_half():
     keys = some_keys(1000)
-    assert [held_out(keys, n, 1).sum() for n in (0, -1, 1, 64, 500, 501, 10_000)] == [0, 0, 1, 64, 500, 500, 500]
+    assert [held_out(keys, n, 1).sum() for n in (0, -1, 1, 64, 500, 501, 10_000)] == [
+        0,
+        0,
+        1,
+        64,
+        500,
+        500,
+        500,
+    ]
     assert [held_out(some_keys(n), 64, 1).sum() for n in (0, 1, 2, 3, 5)] == [0, 0, 1, 1, 2]
     assert held_out(keys, 64, 1).dtype == bool and held_out(keys, 64, 1).shape == (1000,)
 
@@ -710,7 +874,9 @@ def test_the_choice_hangs_on_keys_and_seed_only():
     shuffled = np.random.default_rng(2).permutation(1000)
     assert (held_out(keys[shuffled], 64, 1) == out[shuffled]).all()
     others = [set(keys[held_out(keys, 64, seed)].tolist()) for seed in range(5)]
-    assert all(len(a & b) < 20 for i, a in enumerate(others) for b in others[:i])  # by chance: 64 * 64 / 1000 = 4
+    assert all(
+        len(a & b) < 20 for i, a in enumerate(others) for b in others[:i]
+    )  # by chance: 64 * 64 / 1000 = 4
     more = held_out(np.concatenate([keys, some_keys(100, seed=9)]), 64, 1)[:1000]
     assert (more & out).sum() > 48  # 100 more recipes push few of the 64 out (by chance 6)
     counts = np.sum([held_out(keys[:100], 10, seed) for seed in range(200)], axis=0)
@@ -732,12 +898,28 @@ def test_the_public_recipes_are_read_to_the_last_row():
 # ---- names, and what is rare ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("item, wanted", [
-    ("2 cups (packed) Brown Sugar", "brown sugar"), ("1 lb. ripe tomatoes, peeled and diced", "ripe tomato"),
-    ("3 large eggs", "egg"), ("½ cup of blueberries", "blueberry"), ("1 (8 oz.) pkg. cream cheese", "cream cheese"),
-    ("2 peaches; sliced", "peach"), ("2 glasses water", "glasses water"), ("1 bunch asparagus", "asparagus"),
-    ("salt - to taste", "salt"), ("500 g rice [long", "rice"), ("cheese", "cheese"), ("2 cups", ""), ("", ""),
-    ("1/2 TSP. freshly grated NUTMEG", "nutmeg"), ("potatoes", "potato"), ("radishes", "radish"), ("1 cress", "cress")])
+@pytest.mark.parametrize(
+    "item, wanted",
+    [
+        ("2 cups (packed) Brown Sugar", "brown sugar"),
+        ("1 lb. ripe tomatoes, peeled and diced", "ripe tomato"),
+        ("3 large eggs", "egg"),
+        ("½ cup of blueberries", "blueberry"),
+        ("1 (8 oz.) pkg. cream cheese", "cream cheese"),
+        ("2 peaches; sliced", "peach"),
+        ("2 glasses water", "glasses water"),
+        ("1 bunch asparagus", "asparagus"),
+        ("salt - to taste", "salt"),
+        ("500 g rice [long", "rice"),
+        ("cheese", "cheese"),
+        ("2 cups", ""),
+        ("", ""),
+        ("1/2 TSP. freshly grated NUTMEG", "nutmeg"),
+        ("potatoes", "potato"),
+        ("radishes", "radish"),
+        ("1 cress", "cress"),
+    ],
+)
 def test_the_name_of_an_ingredient(item, wanted):
     assert name_of(item) == wanted
 
@@ -750,12 +932,16 @@ def test_names_come_from_the_ner_column_where_it_is():
 def test_what_is_rare_is_a_share_of_the_heap_and_the_rule_is_off_below_50_000():
     often, seldom = ["salt", "salt"], ["salt", "yak"]
     heap = [often] * 49_998 + [seldom] * 2
-    assert common(heap, Rules(min_share=5e-5)) == {"salt"} and common(heap, Rules(min_share=4e-5)) == {"salt", "yak"}
+    assert common(heap, Rules(min_share=5e-5)) == {"salt"} and common(
+        heap, Rules(min_share=4e-5)
+    ) == {"salt", "yak"}
     assert common(heap[1:], Rules(min_share=0.5)) is None
     account = Account()
     made = [Recipe("T", [f"1 {x}", "2 salt"], ["Stir salt.", f"Eat {x}."]) for x in ("yak", "salt")]
     assert list(clean(made, LOOSE, account, {"salt"})) == made[1:]
-    assert account.dropped["rare_ingredient"] == 1 and account.examples["rare_ingredient"] == ["T: 'yak'"]
+    assert account.dropped["rare_ingredient"] == 1 and account.examples["rare_ingredient"] == [
+        "T: 'yak'"
+    ]
     assert list(clean(made, LOOSE, Account())) == made
 
 
@@ -766,7 +952,10 @@ def test_what_is_like_a_held_out_recipe_is_dropped_and_that_one_is_not_counted()
     other = Recipe("C", ["1 egg", "tea"], [" ".join(words[::-1]), "Eat."])
     account, rules = Account(), Rules(min_words=0)
     assert list(clean([like, other, one], rules, account, held=[one])) == [other]
-    assert account.dropped == dict.fromkeys(RULES, 0) | {"duplicate": 1, "near_duplicate": 1} and account.kept == 1
+    assert (
+        account.dropped == dict.fromkeys(RULES, 0) | {"duplicate": 1, "near_duplicate": 1}
+        and account.kept == 1
+    )
 
 
 # ---- a large heap, in several processes -----------------------------------------------------------------------------
@@ -787,9 +976,12 @@ def three_thousand(tmp_path):
 def test_several_processes_give_what_one_gives_in_its_order(three_thousand):
     got = [row for rows in recipes._spread(None, [(three_thousand, ".jsonl")]) for row in rows]
     assert [str(r) if isinstance(r, recipes.BadRow) else r for r in got[:9]] == [
-        str(r) if isinstance(r, recipes.BadRow) else r for r in list(itertools.chain(*recipes._parse(
-            None, [(three_thousand, ".jsonl")])))[:9]]
-    assert [r.title for r in got if isinstance(r, Recipe)] == [str(n) for n in range(3456)] and len(got) == 3457
+        str(r) if isinstance(r, recipes.BadRow) else r
+        for r in list(itertools.chain(*recipes._parse(None, [(three_thousand, ".jsonl")])))[:9]
+    ]
+    assert [r.title for r in got if isinstance(r, Recipe)] == [str(n) for n in range(3456)] and len(
+        got
+    ) == 3457
 
 
 def test_a_process_that_is_killed_is_a_sentence(three_thousand):
@@ -797,7 +989,9 @@ def test_a_process_that_is_killed_is_a_sentence(three_thousand):
         list(recipes._spread(stop_at_ten, [(three_thousand, ".jsonl")]))
 
 
-def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(tmp_path, three_thousand):
+def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(
+    tmp_path, three_thousand
+):
     path = put(tmp_path / "a.jsonl.gz", gzip.compress(three_thousand.read_bytes())[:-40])
     with pytest.raises(UserError, match="cannot be read to its end"):
         list(recipes._spread(None, [(path, ".jsonl")]))
@@ -805,9 +999,11 @@ def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(tmp_
 
 def test_no_process_stays_when_the_main_one_is_killed(tmp_path, three_thousand):
     three_thousand.write_bytes(three_thousand.read_bytes() * 40)
-    script = "import pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import recipes\n" \
-        "parts = recipes._spread(None, [(pathlib.Path(sys.argv[2]), '.jsonl')])\n" \
+    script = (
+        "import pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import recipes\n"
+        "parts = recipes._spread(None, [(pathlib.Path(sys.argv[2]), '.jsonl')])\n"
         "for _ in parts: time.sleep(print('on', flush=True) or 9)"
+    )
     call = [sys.executable, "-c", script, str(Path(recipes.__file__).parent), str(three_thousand)]
     main = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
     assert main.stdout.readline() == "on\n"
@@ -819,7 +1015,10 @@ def test_no_process_stays_when_the_main_one_is_killed(tmp_path, three_thousand):
     main.kill()
     main.wait()
     deadline = time.time() + 20
-    while any(Path(f"/proc/{c}/cmdline").exists() and Path(f"/proc/{c}/cmdline").read_bytes() for c in children):
+    while any(
+        Path(f"/proc/{c}/cmdline").exists() and Path(f"/proc/{c}/cmdline").read_bytes()
+        for c in children
+    ):
         assert time.time() < deadline, children
         time.sleep(0.1)
 
@@ -838,10 +1037,18 @@ def test_a_chat_is_a_row(tmp_path):
     assert heap(tmp_path / "b.jsonl.gz")[0] == [one, TEA]
 
 
-@pytest.mark.parametrize("messages, why", [
-    ([{"role": "cook", "content": "x"}, TURN], "unknown role 'cook'"), ([], "no turn of the assistant"),
-    ([{"role": "user", "content": "x"}], "no turn of the assistant"), ("x", "no list of objects"), (["x"], "no list"),
-    ([{"role": "user", "content": None}, TURN], "`content`"), ([{"content": "x"}, TURN], "`role` is missing")])
+@pytest.mark.parametrize(
+    "messages, why",
+    [
+        ([{"role": "cook", "content": "x"}, TURN], "unknown role 'cook'"),
+        ([], "no turn of the assistant"),
+        ([{"role": "user", "content": "x"}], "no turn of the assistant"),
+        ("x", "no list of objects"),
+        (["x"], "no list"),
+        ([{"role": "user", "content": None}, TURN], "`content`"),
+        ([{"content": "x"}, TURN], "`role` is missing"),
+    ],
+)
 def test_a_chat_that_is_none_is_a_bad_row(tmp_path, messages, why):
     got, account = heap(put(tmp_path / "a.jsonl", jsonl({"messages": messages})))
     assert got == [] and account.bad == 1 and why in account.bad_examples[0]
@@ -855,8 +1062,10 @@ def test_a_name_is_that_of_the_repaired_ingredient():
 
 
 def test_a_held_recipe_of_rare_ingredients_still_has_no_double_in_training():
-    steps = ["Beat it well in the large bowl until it is quite smooth, then let it stand for a night in a cold place.",
-             "Bake it for an hour in a slow oven, cut it into thin slices and serve them warm with some sauce."]
+    steps = [
+        "Beat it well in the large bowl until it is quite smooth, then let it stand for a night in a cold place.",
+        "Bake it for an hour in a slow oven, cut it into thin slices and serve them warm with some sauce.",
+    ]
     held, copy = Recipe("a", ["1 egg", "2 yak"], steps), Recipe("b", ["1 egg", "2 tea"], steps)
     left = recipes.clean([copy], Rules(min_words=0), recipes.Account(), {"egg", "tea"}, [held])
     assert not list(left)

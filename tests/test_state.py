@@ -59,7 +59,9 @@ def test_an_error_leaves_what_was_there(tmp_path, before, error):
 def test_content_is_on_the_disk_before_the_name_points_to_it(tmp_path, monkeypatch):
     order, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(state.os, "fsync", lambda *args: order.append("fsync") or fsync(*args))
-    monkeypatch.setattr(state.os, "replace", lambda *args: order.append("replace") or replace(*args))
+    monkeypatch.setattr(
+        state.os, "replace", lambda *args: order.append("replace") or replace(*args)
+    )
     write_json(tmp_path / "run.json", {})
     assert order == ["fsync", "replace", "fsync"]  # the file, the rename, the folder
 
@@ -78,7 +80,10 @@ def test_the_mode_respects_umask(tmp_path, umask, mode):
 
 def test_json_and_tensors_come_back(tmp_path):
     write_json(tmp_path / "a.json", {"title": "Crème ½", "x": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"title": "Crème ½", "x": [1, None]}
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
+        "title": "Crème ½",
+        "x": [1, None],
+    }
     assert "Crème ½" in (tmp_path / "a.json").read_text(encoding="utf-8")
     tensors = {
         "bf16": torch.randn(3, 2).bfloat16(),
@@ -126,14 +131,18 @@ def edit(path, where, new):
     """The bytes from `where`, counted from the end, are `new` now."""
     content = path.read_bytes()
     path.write_bytes(
-        content[:where] + new + content[where + len(new) :] if -where > len(new) else content[:where] + new
+        content[:where] + new + content[where + len(new) :]
+        if -where > len(new)
+        else content[:where] + new
     )
 
 
 def new_header(folder):
     """The same bytes under another name: two layers change places."""
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b"model.layers.0.mlp.up_proj", b"model.layers.7.mlp.up_proj"))
+    path.write_bytes(
+        path.read_bytes().replace(b"model.layers.0.mlp.up_proj", b"model.layers.7.mlp.up_proj")
+    )
 
 
 CHANGES = {
@@ -142,7 +151,9 @@ CHANGES = {
     "near the end": lambda folder: edit(folder / "model.safetensors", -60_000, b"\x77"),
     "header": new_header,
     "size": lambda folder: edit(folder / "model.safetensors", -1, b"\0\0"),
-    "one more shard": lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-00002.safetensors"),
+    "one more shard": lambda folder: shutil.copy(
+        folder / "model.safetensors", folder / "model-00002.safetensors"
+    ),
     "all weights": lambda folder: make_model(folder, seed=1),
 }
 
@@ -177,7 +188,9 @@ time.sleep(60)"""
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     out = tmp_path / "out"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True, env=env)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True, env=env
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         (out / "run.json").write_text("{}")
@@ -186,7 +199,11 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
             with pytest.raises(UserError, match="another process") as e:
                 Run(out, resume)
             assert str(out) in str(e.value)
-        assert names(tmp_path) == ["out"] and names(out) == [".lock", "run.json", STATE]  # nothing renamed or lost
+        assert names(tmp_path) == ["out"] and names(out) == [
+            ".lock",
+            "run.json",
+            STATE,
+        ]  # nothing renamed or lost
     finally:
         holder.kill()  # SIGKILL: it cleans nothing up
         holder.wait()
@@ -231,7 +248,9 @@ def test_any_file_of_a_run_makes_a_folder_one(tmp_path, name):
     (tmp_path / "out" / name).write_text("")
     (tmp_path / "out.1").write_text("somebody's file")
     Run(tmp_path / "out", resume=False)
-    assert (tmp_path / "out.2" / name).exists() and (tmp_path / "out.1").read_text() == "somebody's file"
+    assert (tmp_path / "out.2" / name).exists() and (
+        tmp_path / "out.1"
+    ).read_text() == "somebody's file"
 
 
 def test_a_folder_without_a_run_is_reused(tmp_path):
@@ -301,7 +320,9 @@ def test_a_logged_line_is_there_at_once(tmp_path):
     assert run.history() == []
     run.log({"step": 0, "loss": 2.5})
     run.log({"step": 1, "loss": 2.25})
-    assert (tmp_path / "out/metrics.jsonl").read_text() == '{"step": 0, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n'
+    assert (
+        tmp_path / "out/metrics.jsonl"
+    ).read_text() == '{"step": 0, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n'
     assert run.history() == [{"step": 0, "loss": 2.5}, {"step": 1, "loss": 2.25}]
 
 
@@ -322,7 +343,9 @@ def test_forget_after_leaves_each_step_once(tmp_path):
     run.forget_after(3)
     assert (tmp_path / "out/metrics.jsonl").read_text() == "".join(lines[:4])
     run.log({"step": 4, "try": 2})
-    assert [line["step"] for line in run.history()] == [0, 1, 2, 3, 4] and run.history()[4]["try"] == 2
+    assert [line["step"] for line in run.history()] == [0, 1, 2, 3, 4] and run.history()[4][
+        "try"
+    ] == 2
 
 
 def test_logging_goes_on_after_forget_after(tmp_path):
@@ -342,7 +365,11 @@ def toy(seed=0):
     """(model with dropout, its optimiser, its parameters)"""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1), dict(model.named_parameters())
+    return (
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1),
+        dict(model.named_parameters()),
+    )
 
 
 def train(model, optimizer, steps):
@@ -378,7 +405,10 @@ def test_the_optimisers_state_comes_back_whole(tmp_path):
     run, (model, optimizer, params) = Run(tmp_path / "out", resume=False), toy()
     train(model, optimizer, range(3))
     first = optimizer.param_groups[0]["params"][0]
-    optimizer.state[first]["scale"], optimizer.state[first]["count"] = 0.1, 7  # some optimisers keep plain numbers
+    optimizer.state[first]["scale"], optimizer.state[first]["count"] = (
+        0.1,
+        7,
+    )  # some optimisers keep plain numbers
     run.save_state(optimizer, params, {})
     _, fresh, fresh_params = toy(seed=5)
     run.load_state(fresh, fresh_params)
@@ -449,9 +479,13 @@ DAMAGES = {
     "no facts": lambda path: rewrite(path, lambda t, m: m.pop("facts")),
     "broken facts": lambda path: rewrite(path, lambda t, m: m.update(facts="{")),
     "a parameter is missing": lambda path: rewrite(path, lambda t, m: t.pop("param.2.bias")),
-    "a parameter of another shape": lambda path: rewrite(path, lambda t, m: t.update({"param.0.weight": WRONG})),
+    "a parameter of another shape": lambda path: rewrite(
+        path, lambda t, m: t.update({"param.0.weight": WRONG})
+    ),
     "a moment is missing": lambda path: rewrite(path, lambda t, m: t.pop("optim.1.exp_avg")),
-    "a moment of another shape": lambda path: rewrite(path, lambda t, m: t.update({"optim.0.exp_avg": WRONG})),
+    "a moment of another shape": lambda path: rewrite(
+        path, lambda t, m: t.update({"optim.0.exp_avg": WRONG})
+    ),
     "no random state": lambda path: rewrite(path, lambda t, m: t.pop("random.cpu")),
 }
 
@@ -466,7 +500,9 @@ def test_a_state_that_is_damaged_or_does_not_fit_is_refused_by_name(saved, damag
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("change", [{"3.bias": torch.ones(1)}, {"0.weight": torch.ones(9, 4)}], ids=["more", "wider"])
+@pytest.mark.parametrize(
+    "change", [{"3.bias": torch.ones(1)}, {"0.weight": torch.ones(9, 4)}], ids=["more", "wider"]
+)
 def test_a_state_of_another_model_is_refused_and_the_parameter_named(saved, change):
     run, _ = saved
     _, optimizer, params = toy()

@@ -56,7 +56,9 @@ def run(monkeypatch, capsys):
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        monkeypatch.setattr(train, "write_recipe", lambda *_: print("a recipe"))  # slow, and test_sample.py's business
+        monkeypatch.setattr(
+            train, "write_recipe", lambda *_: print("a recipe")
+        )  # slow, and test_sample.py's business
         with pytest.raises(SystemExit) as stop:
             cli.run(train.main)
         said = capsys.readouterr()
@@ -92,7 +94,13 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
     out = tmp_path / "out"
     done = program("train.py", *base, "--out", out)
     last = json.loads(done.stdout.splitlines()[-1])
-    assert set(last) == {"steps", "val_loss_before", "val_loss_after", "tokens_per_s", "peak_mem_gb"}
+    assert set(last) == {
+        "steps",
+        "val_loss_before",
+        "val_loss_after",
+        "tokens_per_s",
+        "peak_mem_gb",
+    }
     assert last["steps"] == 6 and last["val_loss_after"] < last["val_loss_before"] - 0.3
     assert [line["step"] for line in metrics(out)] == list(range(7))
     assert [line["step"] for line in metrics(out) if "val_loss" in line] == [0, 3, 6]
@@ -143,10 +151,24 @@ def test_accumulation_is_the_gradient_of_one_larger_batch(base, run, tmp_path, m
     """1 x 8 and 8 x 1 at the first step, with very different numbers of target tokens in the micro-batches."""
     norms = []
     monkeypatch.setattr(
-        train, "check_gradients", lambda m, params: norms.append([p.grad.clone() for p in params.values()])
+        train,
+        "check_gradients",
+        lambda m, params: norms.append([p.grad.clone() for p in params.values()]),
     )
     for n, flags in enumerate((["--batch_size", 8], ["--batch_size", 1, "--grad_accum", 8])):
-        ok(run(*base, "--out", tmp_path / str(n), "--batching", "random", "--mask_prompt", "--max_steps", 1, *flags))
+        ok(
+            run(
+                *base,
+                "--out",
+                tmp_path / str(n),
+                "--batching",
+                "random",
+                "--mask_prompt",
+                "--max_steps",
+                1,
+                *flags,
+            )
+        )
     largest = max(g.abs().max() for g in norms[0])
     for a, b in zip(*norms):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(largest))
@@ -161,13 +183,20 @@ def test_held_out_loss_is_the_same_in_batches_and_one_by_one(base, run, tmp_path
     assert seen == pytest.approx([seen[0]] * 3, rel=1e-5)
 
 
-def test_the_loss_that_is_logged_is_transformers_loss(base, run, tmp_path, tiny_model, tiny_recipes):
+def test_the_loss_that_is_logged_is_transformers_loss(
+    base, run, tmp_path, tiny_model, tiny_recipes
+):
     """Step 0's val_loss against LlamaForCausalLM on the same recipes, each alone, weighted by target tokens."""
     from transformers import LlamaForCausalLM
 
     ok(run(*base, "--out", tmp_path / "out", "--max_steps", 1))
     reference = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    cfg = data.Data(model=str(tiny_model), data=[str(tiny_recipes)], val_recipes=8, cache=str(tmp_path / "cache"))
+    cfg = data.Data(
+        model=str(tiny_model),
+        data=[str(tiny_recipes)],
+        val_recipes=8,
+        cache=str(tmp_path / "cache"),
+    )
     _, held, _ = data.prepare(cfg, train.recipes.Rules(), tiny_model)
     total = count = 0
     for i in held.val:
@@ -211,7 +240,9 @@ def test_the_loss_that_is_logged_is_transformers_loss(base, run, tmp_path, tiny_
         ["--dtype", "fp16", "--cuda_graph"],
         ["--dtype", "fp16", "--quant", "nf4", "--no-fused_loss"],
         ["--attn", "cudnn"],
-        pytest.param(["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt"], marks=pytest.mark.slow
+        ),
         pytest.param(["--quant", "nf4", "--dtype", "fp16", "--compile"], marks=pytest.mark.slow),
         pytest.param(["--compile", "--grad_ckpt", "--lora_dropout", 0.2], marks=pytest.mark.slow),
         ["--allow_bad", 0.5],
@@ -230,7 +261,9 @@ def test_a_run_of_all_weights_can_be_read_by_transformers(base, run, tmp_path):
     ok(run(*base, "--out", tmp_path / "out", "--lora_r", 0))
     trained = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(trained.model.layers[0].mlp.up_proj.weight, saved["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(
+        trained.model.layers[0].mlp.up_proj.weight, saved["model.layers.0.mlp.up_proj.weight"]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -251,12 +284,30 @@ def test_an_embedding_in_host_memory_changes_nothing(base, run, tmp_path, untied
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=str)
-def test_each_half_of_a_block_but_the_first_sends_its_input_away_and_back(base, run, tmp_path, monkeypatch, flags):
+@pytest.mark.parametrize(
+    "flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=str
+)
+def test_each_half_of_a_block_but_the_first_sends_its_input_away_and_back(
+    base, run, tmp_path, monkeypatch, flags
+):
     seen = []
-    monkeypatch.setattr(train.plan.Offload, "fetch", lambda self, i, shape, f=train.plan.Offload.fetch: (
-        seen.append(i), f(self, i, shape))[1])
-    ok(run(*base, "--out", tmp_path / "out", "--grad_ckpt", "--offload_ckpt", "--max_steps", 1, *flags))
+    monkeypatch.setattr(
+        train.plan.Offload,
+        "fetch",
+        lambda self, i, shape, f=train.plan.Offload.fetch: (seen.append(i), f(self, i, shape))[1],
+    )
+    ok(
+        run(
+            *base,
+            "--out",
+            tmp_path / "out",
+            "--grad_ckpt",
+            "--offload_ckpt",
+            "--max_steps",
+            1,
+            *flags,
+        )
+    )
     assert seen == [3, 2, 1]
 
 
@@ -267,7 +318,9 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
     import lora
     import model as models
 
-    model = models.load(make_model(tmp_path / "m", layers=4), make_linear=train.quant.make_linear("none"))
+    model = models.load(
+        make_model(tmp_path / "m", layers=4), make_linear=train.quant.make_linear("none")
+    )
     lora.adapt(model, 4, 8)
     around = train.partial(train.checkpoint, use_reentrant=False)
     inputs = []
@@ -284,7 +337,9 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, blocks", [(["--grad_ckpt"], 1), (["--grad_ckpt", "--offload_ckpt"], 2), ([], 1)])
+@pytest.mark.parametrize(
+    "flags, blocks", [(["--grad_ckpt"], 1), (["--grad_ckpt", "--offload_ckpt"], 2), ([], 1)]
+)
 def test_training_and_evaluation_share_the_graphs_of_a_block(base, run, tmp_path, flags, blocks):
     """One of a block (or of each half), and one of a chunk of the loss with gradients and perhaps one without."""
     torch._dynamo.reset()
@@ -311,12 +366,18 @@ def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp
 
     monkeypatch.setattr(train.torch, "cat", plant)
     step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (adapters.append(1), step(self, *a))[1])
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (adapters.append(1), step(self, *a))[1]
+    )
     code, out, err = run(*base, "--dtype", "fp16", "--out", tmp_path / "out")
     assert code == 0, err
-    assert err.count("is skipped") == 1 and "step 3 is skipped, the loss scale halved to 32768" in err
+    assert (
+        err.count("is skipped") == 1 and "step 3 is skipped, the loss scale halved to 32768" in err
+    )
     assert len(adapters) == 5
-    assert [line["grad_norm"] is None for line in metrics(tmp_path / "out")[1:]] == [i == 2 for i in range(6)]
+    assert [line["grad_norm"] is None for line in metrics(tmp_path / "out")[1:]] == [
+        i == 2 for i in range(6)
+    ]
     assert json.loads((tmp_path / "out" / "state.json").read_text())["loss_scale"] == 32768
     last = json.loads(out.splitlines()[-1])
     assert last["val_loss_after"] < last["val_loss_before"]
@@ -326,7 +387,9 @@ def test_fp16_gradients_are_scaled_before_they_are_cast(base, run, tmp_path, mon
     """The gradient of a token among thousands, 1 / 8192 and less, would be a subnormal fp16 number, or zero."""
     seen = []
     chunk = train.models.loss_chunk
-    monkeypatch.setattr(train.models, "loss_chunk", lambda h, W, t, s: (seen.append(chunk(h, W, t, s)), seen[-1])[1])
+    monkeypatch.setattr(
+        train.models, "loss_chunk", lambda h, W, t, s: (seen.append(chunk(h, W, t, s)), seen[-1])[1]
+    )
     ok(run(*base, "--dtype", "fp16", "--out", tmp_path / "out", "--max_steps", 1))
     dz = next(dz for _, dz in seen if dz.requires_grad is False and float(dz.abs().max()) > 1)
     assert dz.dtype == torch.float16 and float((dz == 0).float().mean()) < 0.01
@@ -348,7 +411,17 @@ def test_val_data_is_what_is_measured(base, run, tmp_path):
 
 def test_patience_stops_a_run_that_does_not_get_better(base, run, tmp_path):
     code, out, err = run(
-        *base, "--out", tmp_path / "out", "--lr", 0, "--max_steps", 50, "--eval_every", 1, "--patience", 3
+        *base,
+        "--out",
+        tmp_path / "out",
+        "--lr",
+        0,
+        "--max_steps",
+        50,
+        "--eval_every",
+        1,
+        "--patience",
+        3,
     )
     assert code == 0 and json.loads(out.splitlines()[-1])["steps"] == 3
     assert "no progress in 3 evaluations" in err
@@ -360,7 +433,9 @@ def test_best_is_the_adapter_of_the_best_evaluation(base, run, tmp_path, monkeyp
     ok(run(*base, "--out", tmp_path / "out", "--eval_every", 2))
     facts = json.loads((tmp_path / "out" / "state.json").read_text())
     assert (facts["best_step"], facts["best_val"], facts["step"]) == (2, 1.0, 6)
-    best, last = (load_file(tmp_path / "out" / p / "adapter_model.safetensors") for p in ("best", "."))
+    best, last = (
+        load_file(tmp_path / "out" / p / "adapter_model.safetensors") for p in ("best", ".")
+    )
     assert any(not torch.equal(best[k], last[k]) for k in best)
 
 
@@ -374,12 +449,26 @@ def test_init_adapter_begins_where_the_other_ended(base, run, tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("more", [["--lora_dropout", 0.1], ["--lora_dropout", 0.1, "--optim", "adamw8bit"],
-                                  ["--cuda_graph"]], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [["--lora_dropout", 0.1], ["--lora_dropout", 0.1, "--optim", "adamw8bit"], ["--cuda_graph"]],
+    ids=str,
+)
 def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(
     base, run, tmp_path, monkeypatch, number, code, more
 ):
-    flags = [*base, "--batch_size", 3, "--grad_accum", 2, "--max_steps", 12, "--eval_every", 5, *more]
+    flags = [
+        *base,
+        "--batch_size",
+        3,
+        "--grad_accum",
+        2,
+        "--max_steps",
+        12,
+        "--eval_every",
+        5,
+        *more,
+    ]
     ok(run(*flags, "--out", tmp_path / "whole"))
     log = train.state.Run.log
 
@@ -410,7 +499,9 @@ def test_a_killed_run_goes_on_from_its_last_save(base, run, tmp_path):
     )
     try:
         deadline = time.time() + 120
-        while time.time() < deadline and not ((out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 8):
+        while time.time() < deadline and not (
+            (out / "metrics.jsonl").exists() and len(metrics_so_far(out)) > 8
+        ):
             time.sleep(0.02)
     finally:
         child.kill()
@@ -442,7 +533,10 @@ def test_a_longer_resume_that_is_stopped_goes_on_as_it_was_asked(base, run, tmp_
     monkeypatch.setattr(
         train.state.Run,
         "log",
-        lambda self, line: (log(self, line), line["step"] == 7 and os.kill(os.getpid(), signal.SIGINT)),
+        lambda self, line: (
+            log(self, line),
+            line["step"] == 7 and os.kill(os.getpid(), signal.SIGINT),
+        ),
     )
     assert run("--resume", "--out", tmp_path / "out", "--max_steps", 12)[0] == 130
     monkeypatch.setattr(train.state.Run, "log", log)
@@ -450,10 +544,14 @@ def test_a_longer_resume_that_is_stopped_goes_on_as_it_was_asked(base, run, tmp_
     assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(13))
 
 
-def test_stopped_before_the_first_step_it_starts_over_without_a_trace(base, run, tmp_path, monkeypatch):
+def test_stopped_before_the_first_step_it_starts_over_without_a_trace(
+    base, run, tmp_path, monkeypatch
+):
     ok(run(*base, "--out", tmp_path / "whole"))
     evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), evaluate(*a))[1])
+    monkeypatch.setattr(
+        train, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), evaluate(*a))[1]
+    )
     assert run(*base, "--out", tmp_path / "cut")[0] == 130
     monkeypatch.setattr(train, "evaluate", evaluate)
     ok(run("--resume", "--out", tmp_path / "cut"))
@@ -492,7 +590,17 @@ def test_a_resume_with_another_base_or_heap_is_refused(base, run, tmp_path):
     for flag in ("--data", "--val_data"):
         code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, flag, heap)
         assert code == 2 and "the data is not the one" in err
-    code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, "--device", "cpu", "--dtype", "bf16")
+    code, _, err = run(
+        "--resume",
+        "--out",
+        tmp_path / "out",
+        "--max_steps",
+        9,
+        "--device",
+        "cpu",
+        "--dtype",
+        "bf16",
+    )
     assert code == 2 and "--dtype" in err
 
 
@@ -562,8 +670,12 @@ def test_a_card_without_bf16_takes_fp16(monkeypatch):
 
 
 def test_all_weights_are_not_trained_in_fp16_on_an_older_card(base, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.plan, "pick_dtype", lambda name, device: (torch.float16, torch.float16, "a T4"))
-    code, _, err = run(*base, "--out", tmp_path / "out", "--lora_r", 0, "--max_steps", 1, "--dtype", "auto")
+    monkeypatch.setattr(
+        train.plan, "pick_dtype", lambda name, device: (torch.float16, torch.float16, "a T4")
+    )
+    code, _, err = run(
+        *base, "--out", tmp_path / "out", "--lora_r", 0, "--max_steps", 1, "--dtype", "auto"
+    )
     assert code == 0 and "float32 (all weights are trained" in err
 
 
@@ -607,7 +719,9 @@ def test_a_lora_that_gets_no_gradient_is_found(base, run, tmp_path, monkeypatch)
     """The classic: one layer is left out of the graph and nobody notices."""
     project = train.lora.project
     monkeypatch.setattr(
-        train.lora, "project", lambda x, layers: project(x, layers) if len(layers) > 1 else [layers[0].base(x)]
+        train.lora,
+        "project",
+        lambda x, layers: project(x, layers) if len(layers) > 1 else [layers[0].base(x)],
     )
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "o_proj" in err
@@ -647,9 +761,17 @@ def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
 @pytest.fixture
 def heap(tiny_model, tmp_path):
     """(model, heap of 24 recipes, text), fp32."""
-    cfg = data.Data(data=[str(write_jsonl(tmp_path / "r.jsonl", made_recipes(24)))], cache=str(tmp_path), clean=False)
+    cfg = data.Data(
+        data=[str(write_jsonl(tmp_path / "r.jsonl", made_recipes(24)))],
+        cache=str(tmp_path),
+        clean=False,
+    )
     text = data.Text(tiny_model)
-    return models.load(tiny_model), data.Heap(data.tokenise([Path(cfg.data[0])], cfg, None, text)), text
+    return (
+        models.load(tiny_model),
+        data.Heap(data.tokenise([Path(cfg.data[0])], cfg, None, text)),
+        text,
+    )
 
 
 def recipe_losses(model, heap, text, batches, budget):
@@ -675,7 +797,9 @@ def test_packed_sorted_and_alone_every_recipe_has_the_same_loss(heap, flash):
     for batching, budget in (("sorted", 0), ("packed", 1024)):
         cfg = data.Data(batching=batching, batch_size=5, batch_tokens=budget)
         batches = [b for step in data.plan(lengths, cfg, 0) for b in step]
-        assert recipe_losses(model, rows, text, batches, cfg.budget) == pytest.approx(alone, rel=1e-5)
+        assert recipe_losses(model, rows, text, batches, cfg.budget) == pytest.approx(
+            alone, rel=1e-5
+        )
 
 
 @torch.no_grad()
@@ -685,9 +809,9 @@ def test_a_neighbours_tokens_do_not_change_a_packed_recipe_at_all(heap):
     first, second = (int(rows.rows["length"][i]) - 1 for i in (3, 5))
     before = model(batch.ids, cu_seqlens=batch.cu_seqlens)
     batch.ids[0, :first] = (batch.ids[0, :first] + 7) % 256
-    batch.ids[0, first + second:] = (batch.ids[0, first + second:] + 7) % 256
+    batch.ids[0, first + second :] = (batch.ids[0, first + second :] + 7) % 256
     after = model(batch.ids, cu_seqlens=batch.cu_seqlens)
-    assert torch.equal(before[0, first:first + second], after[0, first:first + second])
+    assert torch.equal(before[0, first : first + second], after[0, first : first + second])
     assert not torch.equal(before[0, :first], after[0, :first])
 
 
@@ -697,7 +821,9 @@ def test_a_packed_run_trains(base, run, tmp_path):
     assert code == 0, err
     assert "packed" in err and "by a mask" in err
     before, *lines = metrics(tmp_path / "packed")
-    assert min(line["padding"] for line in lines) < 0.2 and lines[-1]["val_loss"] < before["val_loss"]
+    assert (
+        min(line["padding"] for line in lines) < 0.2 and lines[-1]["val_loss"] < before["val_loss"]
+    )
     code, _, err = run(*flags[:-1], tmp_path / "graph", "--cuda_graph")
     assert code == 0, err
     assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "packed"), rel=1e-5)
