@@ -1,185 +1,32 @@
-"""state.py: a run's folder has one owner, whole files, and a state from which training goes on bit for bit."""
+"""files/run.py: a run's folder has one owner, and a state from which training goes on bit for bit."""
 
-import errno
+from cli import UserError
+
 import json
 import os
-import shutil
 import signal
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import make_model
-
-import state
-from cli import UserError
-from state import MADE_HERE, STATE, Run, Stop, atomic, fingerprint, write_json, write_tensors
-
-ROOT = Path(__file__).parents[1]
+from files import disk
+from files.run import FORMAT, MADE_HERE, STATE, Facts, Run, Stop, read_run, started_with
 
 
 def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-# ---- atomic writes --------------------------------------------------------------------------------------------------
-
-
-def test_content_appears_whole(tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text("old")
-    with atomic(path) as beside:
-        assert beside.parent == path.parent  # a rename works within one file system only
-        beside.write_text("half")
-        assert path.read_text() == "old"
-        beside.write_text("whole")
-    assert path.read_text() == "whole" and names(tmp_path) == ["run.json"]
-
-
-@pytest.mark.parametrize("before", [None, "old"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_an_error_leaves_what_was_there(tmp_path, before, error):
-    path = tmp_path / "run.json"
-    if before:
-        path.write_text(before)
-    with pytest.raises(error), atomic(path) as beside:
-        beside.write_text("half")
-        raise error
-    assert names(tmp_path) == (["run.json"] if before else [])
-    assert not before or path.read_text() == before
-
-
-def test_content_is_on_the_disk_before_the_name_points_to_it(tmp_path, monkeypatch):
-    order, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(state.os, "fsync", lambda *args: order.append("fsync") or fsync(*args))
-    monkeypatch.setattr(
-        state.os, "replace", lambda *args: order.append("replace") or replace(*args)
-    )
-    write_json(tmp_path / "run.json", {})
-    assert order == ["fsync", "replace", "fsync"]  # the file, the rename, the folder
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_the_mode_respects_umask(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        write_json(tmp_path / "run.json", {})
-        write_tensors(tmp_path / "adapter.safetensors", {"a": torch.ones(1)})
-        assert os.umask(umask) == umask  # left as it was
-    finally:
-        os.umask(before)
-    assert [stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()] == [mode, mode]
-
-
-def test_json_and_tensors_come_back(tmp_path):
-    write_json(tmp_path / "a.json", {"title": "Crème ½", "x": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
-        "title": "Crème ½",
-        "x": [1, None],
-    }
-    assert "Crème ½" in (tmp_path / "a.json").read_text(encoding="utf-8")
-    tensors = {
-        "bf16": torch.randn(3, 2).bfloat16(),
-        "turned": torch.arange(6).view(2, 3).T,
-        "param": torch.nn.Parameter(torch.ones(2)),
-    }
-    write_tensors(tmp_path / "a.safetensors", tensors, {"note": "x"})
-    back = load_file(tmp_path / "a.safetensors")
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items())
-    with safe_open(tmp_path / "a.safetensors", "pt") as f:
-        assert f.metadata() == {"format": "pt", "note": "x"}
-
-
-@pytest.mark.parametrize(
-    ("said", "number"),
-    [
-        ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
-        ("I/O error: Disk quota exceeded (os error 122)", errno.EDQUOT),
-        ("I/O error: File too large (os error 27)", errno.EFBIG),
-        ("I/O error: Permission denied (os error 13)", errno.EACCES),
-    ],
-)
-@pytest.mark.skipif(sys.platform != "linux", reason="the numbers are Linux's")
-def test_a_full_disk_keeps_its_number_through_safetensors(tmp_path, monkeypatch, said, number):
-    """cli.run makes a sentence of these, and a traceback of others."""
-    path = tmp_path / "adapter.safetensors"
-    path.write_text("old")
-
-    def full(tensors, beside, metadata):
-        Path(beside).write_text("half")
-        raise state.SafetensorError(f"Error while serializing: {said}")
-
-    monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(OSError) as e:
-        write_tensors(path, {"a": torch.ones(1)})
-    assert e.value.errno == number and e.value.filename == str(path)
-    assert names(tmp_path) == ["adapter.safetensors"] and path.read_text() == "old"
-
-
-# ---- fingerprint ----------------------------------------------------------------------------------------------------
-
-
-def edit(path, where, new):
-    """The bytes from `where`, counted from the end, are `new` now."""
-    content = path.read_bytes()
-    path.write_bytes(
-        content[:where] + new + content[where + len(new) :]
-        if -where > len(new)
-        else content[:where] + new
-    )
-
-
-def new_header(folder):
-    """The same bytes under another name: two layers change places."""
-    path = folder / "model.safetensors"
-    path.write_bytes(
-        path.read_bytes().replace(b"model.layers.0.mlp.up_proj", b"model.layers.7.mlp.up_proj")
-    )
-
-
-CHANGES = {
-    "config": lambda folder: edit(folder / "config.json", -1, b" }"),
-    "last byte": lambda folder: edit(folder / "model.safetensors", -1, b"\x77"),
-    "near the end": lambda folder: edit(folder / "model.safetensors", -60_000, b"\x77"),
-    "header": new_header,
-    "size": lambda folder: edit(folder / "model.safetensors", -1, b"\0\0"),
-    "one more shard": lambda folder: shutil.copy(
-        folder / "model.safetensors", folder / "model-00002.safetensors"
-    ),
-    "all weights": lambda folder: make_model(folder, seed=1),
-}
-
-
-def test_a_copied_folder_has_the_same_fingerprint(tmp_path):
-    model = make_model(tmp_path / "model")
-    before = fingerprint(model)
-    shutil.copytree(model, tmp_path / "copy")
-    os.utime(tmp_path / "copy/model.safetensors", (1, 1))
-    (tmp_path / "copy/README.md").write_text("a note")
-    assert fingerprint(tmp_path / "copy") == before == fingerprint(str(model)) and len(before) >= 16
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_another_model_has_another_fingerprint(tmp_path, change):
-    model = make_model(tmp_path / "model")
-    before, files = fingerprint(model), {p.name: p.read_bytes() for p in model.iterdir()}
-    CHANGES[change](model)
-    assert files != {p.name: p.read_bytes() for p in model.iterdir()}  # else the change is none
-    assert fingerprint(model) != before
-
-
 # ---- one owner, nothing deleted -------------------------------------------------------------------------------------
 
 HOLDER = """import sys, time
-from state import Run
+from files.run import Run
 run = Run(sys.argv[1], resume=False)
 print("held", flush=True)
 time.sleep(60)"""
@@ -453,7 +300,7 @@ def test_a_save_that_fails_leaves_the_state_before(saved, monkeypatch):
     before = (run.folder / STATE).read_bytes()
     model, optimizer, params = toy()
     train(model, optimizer, range(1))
-    monkeypatch.setattr(state.os, "replace", lambda *args: 1 // 0)
+    monkeypatch.setattr(disk.os, "replace", lambda *args: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         run.save_state(optimizer, params, {"step": 4})
     assert (run.folder / STATE).read_bytes() == before and not list(run.folder.glob(".*.part"))
@@ -510,6 +357,111 @@ def test_a_state_of_another_model_is_refused_and_the_parameter_named(saved, chan
         run.load_state(optimizer, params | change)
 
 
+# ---- a state and a run.json of the first version ---------------------------------------------------------------------
+
+
+def test_a_state_of_the_first_version_is_resumed(tmp_path):
+    """Its layout, written here by hand: names of tensors, keys of the metadata."""
+    model, optimizer, params = toy(seed=5)
+    out = tmp_path / "out"
+    out.mkdir()
+    tensors = {f"param.{name}": torch.randn(p.shape) for name, p in params.items()}
+    for i, p in enumerate(params.values()):
+        tensors[f"optim.{i}.exp_avg"] = torch.randn(p.shape)
+        tensors[f"optim.{i}.exp_avg_sq"] = torch.rand(p.shape)
+        tensors[f"optim.{i}.step"] = torch.tensor(3.0)
+        tensors[f"optim.{i}.qmap1"] = torch.arange(256.0)
+    torch.manual_seed(77)
+    tensors["random.cpu"] = torch.get_rng_state()
+    expected = torch.rand(5)
+    metadata = {
+        "format": "pt",
+        "facts": json.dumps({"step": 3, "best": 1.5}),
+        "scalars": json.dumps({"0.count": 7, "2.name.with.dots": 0.5}),
+        "shapes": json.dumps({name: list(t.shape) for name, t in tensors.items()}),
+    }
+    save_file(tensors, out / "state.safetensors", metadata=metadata)
+    torch.rand(9)
+    assert Run(out, resume=True).load_state(optimizer, params) == {"step": 3, "best": 1.5}
+    assert torch.equal(torch.rand(5), expected)
+    for i, (name, p) in enumerate(params.items()):
+        assert torch.equal(p, tensors[f"param.{name}"])
+        for key in ("exp_avg", "exp_avg_sq", "step", "qmap1"):
+            assert torch.equal(optimizer.state[p][key], tensors[f"optim.{i}.{key}"])
+    weight, bias, last_weight, last_bias = params.values()
+    assert optimizer.state[weight]["count"] == 7
+    assert optimizer.state[last_weight]["name.with.dots"] == 0.5
+    assert "count" not in optimizer.state[bias] and "count" not in optimizer.state[last_bias]
+
+
+def test_a_state_has_the_layout_of_the_first_version(tmp_path):
+    """The other way round, so that the test above tests what is written today."""
+    model, optimizer, params = toy()
+    train(model, optimizer, range(1))
+    table = torch.arange(256.0)  # bitsandbytes' tables: one tensor that all parameters share
+    for p in params.values():
+        optimizer.state[p]["qmap1"] = table
+        optimizer.state[p]["count"] = 7
+    run = Run(tmp_path / "out", resume=False)
+    run.save_state(optimizer, params, {"step": 1})
+    wanted = {f"param.{name}": p for name, p in params.items()}
+    for i, p in enumerate(params.values()):
+        for key in ("step", "exp_avg", "exp_avg_sq", "qmap1"):
+            wanted[f"optim.{i}.{key}"] = optimizer.state[p][key]
+    saved = load_file(run.folder / "state.safetensors")
+    assert saved.keys() - {"random.cuda"} == {*wanted, "random.cpu"}
+    assert all(torch.equal(saved[name], t) for name, t in wanted.items())
+    with safe_open(run.folder / "state.safetensors", "pt") as f:
+        metadata = f.metadata()
+    assert metadata.keys() == {"format", "facts", "scalars", "shapes"}
+    assert json.loads(metadata["facts"]) == {"step": 1}
+    assert json.loads(metadata["scalars"]) == {f"{i}.count": 7 for i in range(4)}
+    assert json.loads(metadata["shapes"]) == {name: list(t.shape) for name, t in saved.items()}
+
+
+def test_a_state_of_more_parameters_than_the_optimisers_is_refused(saved):
+    run, _ = saved
+    _, _, params = toy()
+    fewer = torch.optim.AdamW(list(params.values())[:2], lr=0.05)
+    with pytest.raises(UserError, match=r"state\.safetensors was saved by another version"):
+        run.load_state(fewer, params)
+
+
+INFO = {"config": {"model": "SmolLM2"}, "base_fingerprint": "0123", "titles": ["Bread"]}
+
+
+@pytest.mark.parametrize("where", [".", "best"])
+@pytest.mark.parametrize("more", [{}, {"format": 2}])
+def test_a_run_is_read_from_its_folder_and_from_its_best(tmp_path, where, more):
+    (tmp_path / "best").mkdir()
+    disk.write_json(tmp_path / "run.json", INFO | more)
+    assert read_run(tmp_path / where) == INFO | more
+
+
+def test_a_folder_that_holds_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run: make one, `python train.py`") as e:
+        read_run(tmp_path / "a/b")
+    assert str(tmp_path / "a/b") in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "null",
+        "{}",
+        json.dumps(INFO | {"titles": []}),
+        json.dumps(INFO | {"config": {}}),
+        json.dumps({key: value for key, value in INFO.items() if key != "base_fingerprint"}),
+    ],
+)
+def test_a_run_json_that_is_not_a_runs_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json cannot be read as a run's"):
+        read_run(tmp_path)
+
+
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
@@ -538,5 +490,31 @@ def test_handlers_are_restored_after_an_error():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError), Stop():
         assert signal.getsignal(signal.SIGTERM) != before[1]
-        1 // 0  # noqa: B018
+        1 // 0  # noqa: B018 (raised on purpose)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ---- facts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_is_never_the_best():
+    facts = Facts(step=3)
+    assert facts.judge(2.0) and (facts.best_val, facts.best_step) == (2.0, 3)
+    facts.step = 6
+    assert not facts.judge(float("nan"))
+    assert not facts.judge(2.0)
+    assert (facts.best_val, facts.best_step, facts.without_progress) == (2.0, 3, 2)
+    assert facts.judge(1.5) and facts.without_progress == 0
+
+
+def test_a_run_of_a_newer_version_is_not_resumed(tmp_path):
+    info = {"config": {}, "rules": {}, "format": FORMAT + 1}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="made by a newer version"):
+        started_with(tmp_path)
+
+
+def test_a_lock_that_cannot_be_opened_is_not_another_process(tmp_path):
+    (tmp_path / "out" / ".lock").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        Run(tmp_path / "out", resume=False)

@@ -1,0 +1,384 @@
+"""A run's folder: one owner, atomic writes, exact resume, signals that save before they stop.
+
+    run = Run("out", resume=False)         # locked; a run that stood there is now out.1
+    run.write_json("run.json", {...})      # written beside its place, synced, renamed
+    run.log({"step": 1, "loss": 2.3})      # one line of metrics.jsonl; a step stands there once
+    run.save_state(optimizer, params, {"step": 30})
+    facts = run.load_state(optimizer, params)
+    with Stop() as stop: ... if stop.signal: save and leave
+
+What makes a resume exact: the trained tensors, the optimiser's, the random generators and the JSON beside them lie in
+ONE file, which appears in one rename. A run killed between any two writes goes on from the last whole state.
+"""
+
+from cli import UserError, say
+
+import contextlib
+import json
+import platform
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from files import disk
+
+FORMAT = 2  # of run.json
+STATE = "state.safetensors"
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+BEST_WEIGHTS = tuple(f"best/{name}" for name in WEIGHTS)
+
+# A folder with none of these holds no run.
+MADE_HERE = (STATE,) + WEIGHTS + BEST_WEIGHTS
+
+
+# What a resumed run may change: everything else would make it another run.
+FREE = {
+    *("out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter"),
+    *("attn", "fused_loss", "compile", "cuda_graph", "grad_ckpt", "offload_ckpt", "offload_embed"),
+    *("max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"),
+}
+
+# What must be the same in run.json: {key: how a sentence names it}.
+IDENTITY = {
+    "base_fingerprint": "base model",
+    "data_fingerprint": "data",
+    "dtype": "dtype of the weights",
+    "arithmetic": "dtype of the arithmetic (--dtype)",
+}
+
+
+@dataclass
+class Facts:
+    """What a resume has to know beside tensors: state.json."""
+
+    step: int = 0
+    total: int = 0
+    best_val: float | None = None
+    best_step: int = 0
+    val_before: float | None = None
+    val: float | None = None
+    without_progress: int = 0
+    loss_scale: float = 1.0
+
+    def judge(self, val):
+        """Take note of a held-out loss. -> whether it is the best so far"""
+        self.val = val
+        # Written so that a loss that is no number (nan) is never the best.
+        is_best = self.best_val is None or val < self.best_val
+        if not is_best:
+            self.without_progress += 1
+            return False
+        self.best_val = val
+        self.best_step = self.step
+        self.without_progress = 0
+        return True
+
+
+def started_with(out):
+    """{flag: value} that the run in this folder was started with."""
+    try:
+        before = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+        if before.get("format", 1) > FORMAT:
+            raise UserError(f"--resume: {out} was made by a newer version of this program.")
+        return {**before["config"], **before["rules"], "resume": True, "out": out}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--resume: {out} holds no run to go on from.") from None
+
+
+def refuse_other_flags(old, new):
+    """A UserError for flags that would make a resumed run another run."""
+    changed = [
+        f"--{flag} was {old.get(flag)!r}, is {value!r}"
+        for flag, value in new.items()
+        if flag not in FREE and old.get(flag) != value
+    ]
+    if changed:
+        raise UserError(f"--resume: these flags make it another run: {'; '.join(changed)}.")
+
+
+def read_run(folder):
+    """run.json of a run's folder, or of the run whose best/ the folder is, for programs that sample from the run."""
+    folder = Path(folder)
+    for path in (folder / "run.json", folder.parent / "run.json"):
+        if path.exists():
+            return read_run_json(path)
+    raise UserError(
+        f"{folder} holds no run: make one, `python train.py`, or name a --run or --model."
+    )
+
+
+def read_run_json(path):
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        # What every reader of a run needs; one of these fails where the file is not a run's.
+        info["config"]["model"]
+        info["base_fingerprint"]
+        info["titles"][0]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{path} cannot be read as a run's ({e!r}).") from None
+    return info
+
+
+class Run:
+    def __init__(self, folder, resume):
+        """Own the folder. A run that is there already is resumed, or renamed to folder.1, .2, …; none is lost."""
+        self.folder = Path(folder).resolve()
+        self.metrics = None  # metrics.jsonl, once something is logged
+        self.locks = []  # open as long as the run lives
+        if resume and not (self.folder / STATE).exists():
+            raise UserError(f"--resume: {self.folder} holds no {STATE} to go on from.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"--out {folder} is a file, or lies in one; name a folder.") from None
+        self.own()
+        if resume:
+            return
+        if self.holds_a_run():
+            self.rename_old_run(folder)
+        # A run that stopped before its first save has no weights to keep, but it may have metrics.
+        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+    def own(self):
+        try:
+            self.locks.append(disk.lock(self.folder))
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {self.folder}; wait, or choose another --out."
+            ) from None
+
+    def holds_a_run(self):
+        return any((self.folder / name).exists() for name in MADE_HERE)
+
+    def rename_old_run(self, said):
+        """Make room: the old run becomes folder.1, or the next free number. `said`: --out as the user gave it."""
+        if self.folder == Path.cwd():
+            raise UserError(
+                f"--out {said} is the current folder and holds a run: name another --out."
+            )
+        n = 1
+        while self.folder.with_name(f"{self.folder.name}.{n}").exists():
+            n += 1
+        old = self.folder.with_name(f"{self.folder.name}.{n}")
+        # The lock goes with the old folder, and stays held until this process ends.
+        self.folder.rename(old)
+        say("run", f"{self.folder} held a run already: it is {old} now")
+        self.folder.mkdir()
+        self.own()
+
+    def write_json(self, name, value):
+        disk.write_json(self.folder / name, value)
+
+    def read_json(self, name):
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path} cannot be read ({e}).") from None
+
+    def write_about(self, info):
+        """run.json: what this run is."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        self.write_json("run.json", {"format": FORMAT, **info, "versions": versions})
+
+    def go_on(self, info, optimizer, params, total):
+        """Load the state that lies here, for a run of `total` steps: Facts. An error if it is another run, or done."""
+        before = self.read_json("run.json")
+        for key, what in IDENTITY.items():
+            if before[key] != info[key]:
+                raise UserError(
+                    f"--resume: the {what} is not the one that {self.folder} was trained with."
+                )
+        facts = Facts(**self.load_state(optimizer, params))
+        self.forget_after(facts.step)
+        note = ""
+        if total != facts.total:
+            note = f"; the schedule was for {facts.total} steps and is for {total} from here on"
+        say("resume", f"after step {facts.step}{note}")
+        if facts.step >= total:
+            raise UserError(
+                f"--resume: {self.folder} has made its {total} steps; raise --max_steps or --epochs."
+            )
+        facts.total = total
+        return facts
+
+    # --- metrics.jsonl ---
+
+    def log(self, line):
+        if self.metrics is None:
+            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.metrics.write(json.dumps(line) + "\n")
+        # Somebody who watches the file sees the step at once.
+        self.metrics.flush()
+
+    def history(self):
+        """The lines of metrics.jsonl; a last line that a kill cut off is passed over."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = []
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return lines
+
+    def forget_after(self, step):
+        """Drop the metrics of steps that will be made again."""
+        kept = [line for line in self.history() if line["step"] <= step]
+        if self.metrics is not None:
+            # The file that is open here is the one that is replaced now.
+            self.metrics.close()
+            self.metrics = None
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        with disk.atomic(self.folder / "metrics.jsonl") as beside:
+            beside.write_text(text, encoding="utf-8")
+
+    # --- resume ---
+
+    def save_state(self, optimizer, params, facts):
+        """params {name: parameter}, the optimiser, the random generators and facts (JSON: step, best loss, …)."""
+        tensors = {f"param.{name}": p for name, p in params.items()}
+        tensors |= optimizer_tensors(optimizer)
+        tensors |= random_states()
+        metadata = {
+            "facts": json.dumps(facts),
+            "scalars": json.dumps(optimizer_scalars(optimizer)),
+            "shapes": json.dumps(shapes_of(tensors)),
+        }
+        disk.write_tensors(self.folder / STATE, tensors, metadata)
+        # state.json is for people: a resume reads the copy inside STATE.
+        self.write_json("state.json", facts)
+
+    def load_state(self, optimizer, params):
+        """Fill params, optimiser and random generators; return the facts."""
+        path = self.folder / STATE
+        tensors, facts, scalars = read_state(path)
+        fill_params(path, params, tensors)
+        saved = [key for key in tensors if key.startswith("optim.")]
+        for key in saved:
+            fill_optimizer(path, optimizer, key.removeprefix("optim."), tensors[key])
+        for key, value in scalars.items():
+            fill_optimizer(path, optimizer, key, value)
+        set_random_states(tensors)
+        return facts
+
+
+# --- what lies in STATE: param.NAME, optim.NUMBER.KEY, random.cpu, random.cuda; facts, scalars and shapes as JSON ---
+
+
+def trained_by(optimizer):
+    """The optimiser's parameters in its own order, in which they are numbered in STATE."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_tensors(optimizer):
+    """{optim.NUMBER.KEY: tensor} of the optimiser's state."""
+    tensors = {}
+    for i, p in enumerate(trained_by(optimizer)):
+        for key, value in optimizer.state[p].items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            # bitsandbytes' tables are one tensor that all parameters share; safetensors refuses to store it twice.
+            if key.startswith("qmap"):
+                value = value.clone()
+            tensors[f"optim.{i}.{key}"] = value
+    return tensors
+
+
+def optimizer_scalars(optimizer):
+    """{NUMBER.KEY: number} of the optimiser's state: some optimisers count in plain numbers."""
+    scalars = {}
+    for i, p in enumerate(trained_by(optimizer)):
+        for key, value in optimizer.state[p].items():
+            if not isinstance(value, torch.Tensor):
+                scalars[f"{i}.{key}"] = value
+    return scalars
+
+
+def random_states():
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(tensors):
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def shapes_of(tensors):
+    return {name: list(t.shape) for name, t in tensors.items()}
+
+
+def read_state(path):
+    """(tensors, facts, scalars) of a state file that is whole."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata()
+            tensors = {key: f.get_tensor(key) for key in f.offset_keys()}
+        facts = json.loads(metadata["facts"])
+        scalars = json.loads(metadata["scalars"])
+        shapes = json.loads(metadata["shapes"])
+        if shapes != shapes_of(tensors):
+            raise ValueError("its tensors are not those that were saved")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{path} cannot be read ({e}); start without --resume: the old run is kept."
+        ) from None
+    return tensors, facts, scalars
+
+
+def fill_params(path, params, tensors):
+    for name, p in params.items():
+        saved = tensors.get(f"param.{name}")
+        if saved is None or saved.shape != p.shape:
+            raise UserError(
+                f"{path} does not fit this model: {name} is missing or has another shape."
+            )
+        with torch.no_grad():
+            p.copy_(saved)
+
+
+def fill_optimizer(path, optimizer, key, value):
+    """Put one tensor or number back; `key` is NUMBER.KEY."""
+    number, _, name = key.partition(".")
+    trained = trained_by(optimizer)
+    if int(number) >= len(trained):
+        raise UserError(
+            f"{path} was saved by another version of this program: start without --resume."
+        )
+    p = trained[int(number)]
+    if isinstance(value, torch.Tensor):
+        value = value.to(p.device)
+    optimizer.state[p][name] = value
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end the run after the step in hand: stop.signal is set, and the loop saves and leaves. A
+    second one ends it at once."""
+
+    def __enter__(self):
+        self.signal = None
+        self.handlers_before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers_before[number] = signal.signal(number, self.heard)
+        return self
+
+    def heard(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        say("stop", "the step in hand is finished and saved first; once more stops at once")
+
+    @property
+    def exit_code(self):
+        return 128 + self.signal  # 130 for Ctrl-C, 143 for SIGTERM: what a shell reports for them
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,226 @@
+"""files/disk.py: files appear whole, a folder has one owner, a model folder has a fingerprint."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from files import disk
+from files.disk import atomic, cache_folder, fingerprint, lock, write_json, write_tensors
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# ---- atomic writes --------------------------------------------------------------------------------------------------
+
+
+def test_content_appears_whole(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    with atomic(path) as beside:
+        assert beside.parent == path.parent  # a rename works within one file system only
+        beside.write_text("half")
+        assert path.read_text() == "old"
+        beside.write_text("whole")
+    assert path.read_text() == "whole" and names(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_an_error_leaves_what_was_there(tmp_path, before, error):
+    path = tmp_path / "run.json"
+    if before:
+        path.write_text(before)
+    with pytest.raises(error), atomic(path) as beside:
+        beside.write_text("half")
+        raise error
+    assert names(tmp_path) == (["run.json"] if before else [])
+    assert not before or path.read_text() == before
+
+
+def test_content_is_on_the_disk_before_the_name_points_to_it(tmp_path, monkeypatch):
+    order, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(disk.os, "fsync", lambda *args: order.append("fsync") or fsync(*args))
+    monkeypatch.setattr(disk.os, "replace", lambda *args: order.append("replace") or replace(*args))
+    write_json(tmp_path / "run.json", {})
+    assert order == ["fsync", "replace", "fsync"]  # the file, the rename, the folder
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_mode_respects_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "run.json", {})
+        write_tensors(tmp_path / "adapter.safetensors", {"a": torch.ones(1)})
+        assert os.umask(umask) == umask  # left as it was
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()] == [mode, mode]
+
+
+def test_json_and_tensors_come_back(tmp_path):
+    write_json(tmp_path / "a.json", {"title": "Crème ½", "x": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
+        "title": "Crème ½",
+        "x": [1, None],
+    }
+    assert "Crème ½" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    tensors = {
+        "bf16": torch.randn(3, 2).bfloat16(),
+        "turned": torch.arange(6).view(2, 3).T,
+        "param": torch.nn.Parameter(torch.ones(2)),
+    }
+    write_tensors(tmp_path / "a.safetensors", tensors, {"note": "x"})
+    back = load_file(tmp_path / "a.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in tensors.items())
+    with safe_open(tmp_path / "a.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt", "note": "x"}
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("I/O error: Disk quota exceeded (os error 122)", errno.EDQUOT),
+        ("I/O error: File too large (os error 27)", errno.EFBIG),
+        ("I/O error: Permission denied (os error 13)", errno.EACCES),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the numbers are Linux's")
+def test_a_full_disk_keeps_its_number_through_safetensors(tmp_path, monkeypatch, said, number):
+    """cli.run makes a sentence of these, and a traceback of others."""
+    path = tmp_path / "adapter.safetensors"
+    path.write_text("old")
+
+    def full(tensors, beside, metadata):
+        Path(beside).write_text("half")
+        raise SafetensorError(f"Error while serializing: {said}")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError) as e:
+        write_tensors(path, {"a": torch.ones(1)})
+    assert e.value.errno == number and e.value.filename == str(path)
+    assert names(tmp_path) == ["adapter.safetensors"] and path.read_text() == "old"
+
+
+# ---- fingerprint ----------------------------------------------------------------------------------------------------
+
+
+def edit(path, where, new):
+    """The bytes from `where`, counted from the end, are `new` now."""
+    content = path.read_bytes()
+    path.write_bytes(
+        content[:where] + new + content[where + len(new) :]
+        if -where > len(new)
+        else content[:where] + new
+    )
+
+
+def new_header(folder):
+    """The same bytes under another name: two layers change places."""
+    path = folder / "model.safetensors"
+    path.write_bytes(
+        path.read_bytes().replace(b"model.layers.0.mlp.up_proj", b"model.layers.7.mlp.up_proj")
+    )
+
+
+CHANGES = {
+    "config": lambda folder: edit(folder / "config.json", -1, b" }"),
+    "last byte": lambda folder: edit(folder / "model.safetensors", -1, b"\x77"),
+    "near the end": lambda folder: edit(folder / "model.safetensors", -60_000, b"\x77"),
+    "header": new_header,
+    "size": lambda folder: edit(folder / "model.safetensors", -1, b"\0\0"),
+    "one more shard": lambda folder: shutil.copy(
+        folder / "model.safetensors", folder / "model-00002.safetensors"
+    ),
+    "all weights": lambda folder: make_model(folder, seed=1),
+}
+
+
+def test_a_copied_folder_has_the_same_fingerprint(tmp_path):
+    model = make_model(tmp_path / "model")
+    before = fingerprint(model)
+    shutil.copytree(model, tmp_path / "copy")
+    os.utime(tmp_path / "copy/model.safetensors", (1, 1))
+    (tmp_path / "copy/README.md").write_text("a note")
+    assert fingerprint(tmp_path / "copy") == before == fingerprint(str(model)) and len(before) >= 16
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_model_has_another_fingerprint(tmp_path, change):
+    model = make_model(tmp_path / "model")
+    before, files = fingerprint(model), {p.name: p.read_bytes() for p in model.iterdir()}
+    CHANGES[change](model)
+    assert files != {p.name: p.read_bytes() for p in model.iterdir()}  # else the change is none
+    assert fingerprint(model) != before
+
+
+def test_what_a_run_adds_to_a_model_folder_does_not_change_its_fingerprint(tmp_path):
+    """--lora_r 0 makes a run's folder a model folder: its state changes with each save, the model need not."""
+    model = make_model(tmp_path / "model")
+    before = fingerprint(model)
+    for name in ("state.safetensors", "adapter_model.safetensors"):
+        (model / name).write_bytes(b"anything")
+    assert fingerprint(model) == before
+
+
+def test_a_fingerprint_is_the_same_in_every_version_of_the_program(tmp_path):
+    """A run of an earlier version is resumed only if its base model still has the fingerprint in run.json."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001.safetensors").write_bytes(bytes(range(256)) * 1000)
+    (tmp_path / "model-00002.safetensors").write_bytes(b"short")
+    assert fingerprint(tmp_path) == "1a3c07ce61349d2b"
+
+
+# ---- the lock and the cache folder ----------------------------------------------------------------------------------
+
+HOLDER = """import sys, time
+from files.disk import lock
+held = lock(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)"""
+
+
+def test_a_lock_is_held_by_one_process_until_it_dies(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for _ in range(2):
+            with pytest.raises(OSError):
+                lock(tmp_path)
+    finally:
+        holder.kill()  # SIGKILL: it cleans nothing up
+        holder.wait()
+        holder.stdout.close()
+    assert names(tmp_path) == [".lock"]
+    lock(tmp_path)
+
+
+def test_a_lock_lasts_as_long_as_its_file_is_open(tmp_path):
+    held = lock(tmp_path)
+    with pytest.raises(OSError):
+        lock(tmp_path)
+    held.close()
+    lock(tmp_path)
+
+
+def test_the_cache_lies_beside_the_code_unless_it_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder(".cache") == ROOT / ".cache"
+    assert cache_folder(str(tmp_path)) == tmp_path == cache_folder(tmp_path)

