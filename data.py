@@ -1,41 +1,36 @@
-"""From a heap of recipes to batches on the device: recipes.py reads and cleans one, `tokenise` writes its tokens into a
-mapped file, `plan` says in which batch it is, `collate` pads or packs that, `feed` has it on the device ahead of need.
+"""From recipes to batches on the device: which recipes, in which batch, padded or packed, and there ahead of need.
 
     python data.py                                    # the default recipes: read, clean, tokenise; print the account
-    python data.py --data mine.jsonl more.csv --json  # your own, in any of the formats of recipes.py; for programs
+    python data.py --data mine.jsonl more.csv --json  # your own, in any of the formats of files/sources.py
     python data.py --show 3                           # three recipes as the model sees them, target tokens coloured
+
+The way of a batch: files/sources.py reads rows, recipes.py makes recipes of them and drops the bad ones, text.py makes
+tokens. Here `plan` says in which batch a recipe is, `collate` pads or packs the batch, `feed` has it on the device.
 """
 
+from cli import UserError, ahead, bound, parse, run, say
+
 import bisect
-import contextlib
 import hashlib
 import itertools
 import json
-import re
-import tempfile
-import time
-from array import array
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
-import convert
 import recipes
-from cli import Progress, UserError, bound, parse, run, say
+from files import disk, hub, pictures, sources
+from recipes import Account, Rules
+from text import Text, TokenFile, drop_long, tokenise, why_nothing_is_left
 
-NEVER, PROMPT = (
-    1 << 31,
-    1 << 30,
-)  # bits of a stored token that is never a target, or not with --mask_prompt
-ROW = np.dtype(
-    [("start", "u8"), ("length", "u4"), ("key", "u8")]
-)  # of rows.bin: where in tokens.bin; recipes.key()
+PACKED_TOKENS = 4096  # of a packed row, where --batch_tokens is not given
+WINDOW = 4096  # recipes that are packed together
+TILE = 8  # tokens: a packed row is whole tiles of a kernel
+SHORTEST = 64  # tokens: a packed row takes no more recipes than if all were this short
 
 
 @dataclass
@@ -55,9 +50,14 @@ class Data:
     seed: int = 1                      # of the held-out choice, the order of batches, the adapter's start and dropout
     cache: str = ".cache"              # downloads, converted models, tokens; beside the code unless absolute
     # fmt: on
+
     @property
-    def budget(self):  # tokens of a packed row, whole tiles of a kernel; 0: not packed
-        return -(-(self.batch_tokens or 4096) // 8) * 8 if self.batching == "packed" else 0
+    def budget(self):
+        """Tokens of a packed row; 0: not packed."""
+        if self.batching != "packed":
+            return 0
+        tokens = self.batch_tokens or PACKED_TOKENS
+        return -(-tokens // TILE) * TILE  # rounded up
 
 
 def check(cfg):
@@ -73,437 +73,308 @@ def check(cfg):
     )
 
 
-def cache_folder(cfg):
-    return Path(__file__).parent / cfg.cache
+# --- datasets ---
 
 
-# --- tokens ---
-class Text:
-    """The tokenizer of a model folder. `bos` begins a recipe and `end` ends it; any of `ends` stops sampling."""
+class Dataset:
+    """Tokenised recipes: one row of `rows` (text.ROW) a recipe, and the `indices` of those rows that are to be used."""
 
-    def __init__(self, folder):
-        self.path, *rest, jinja = (
-            Path(folder, name)
-            for name in (
-                "tokenizer.json",
-                "tokenizer_config.json",
-                "config.json",
-                "generation_config.json",
-                "chat_template.jinja",
-            )
-        )
-        try:
-            self.tokenizer = Tokenizer.from_file(str(file := self.path))
-            tokens, config, more = (
-                dict(json.loads(f.read_bytes())) if (file := f).exists() else {} for f in rest
-            )
-            self.source = (
-                jinja.read_text("utf-8")
-                if (file := jinja).exists()
-                else tokens.get("chat_template")
-            )
-        except Exception as e:  # noqa: BLE001 (tokenizers raises no other)
-            raise UserError(f"{file} cannot be read ({e}).") from None
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = (
-            True  # "<|im_end|>" inside somebody's recipe is text, not the end token
-        )
-        self.named = {
-            k: t["content"] if isinstance(t, dict) else t
-            for k, t in tokens.items()
-            if k.endswith("_token")
-        }
-        eos = self.tokenizer.token_to_id(self.named.get("eos_token") or "")
-        ends = [
-            e for e in (eos, config.get("eos_token_id"), more.get("eos_token_id")) if e is not None
-        ]
-        if not (
-            ends := np.hstack(ends or [[]]).astype(int).tolist()
-        ):  # each a number, or a list of them
-            raise UserError(
-                f"{folder} names no end token (eos_token_id in config.json, or the tokenizer's)."
-            )
-        self.end, self.ends, self.window = (
-            ends[0],
-            set(ends),
-            config.get("max_position_embeddings") or 2048,
-        )
-        self.bos = (a := self.tokenizer.encode("a")).ids[
-            : a.special_tokens_mask.index(0)
-        ]  # by its post-processor
-
-    def __reduce__(self):  # on its way to another process: without what it made of the template
-        return Text, (self.path.parent,)
-
-    def encode(self, texts):
-        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def decode(self, ids):
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def prompt(self, prompt, completion=""):
-        """Tokens of a prompt, and of a completion's beginning, cut where training cuts: tokenised apart and joined."""
-        return sum(self.encode([prompt, completion]), self.bos)
-
-    def pieces(self, recipe):
-        """[(text or token ids, NEVER, PROMPT or 0)]: a recipe's parts, which are encoded apart."""
-        plain = zip([self.bos, *recipe.text(), [self.end]], [NEVER, PROMPT, 0, 0])
-        return self.chat(recipe.messages) if recipe.messages else list(plain)
-
-    @cached_property
-    def template(self):
-        """The model's chat template, in jinja2's sandbox (it is somebody else's code), and a tokenizer for its text."""
-        from jinja2 import StrictUndefined, ext, sandbox
-
-        listed = (
-            self.source
-            if isinstance(self.source, list)
-            else [{"name": "default", "template": self.source}]
-        )
-        if not (source := {t["name"]: t["template"] for t in listed}.get("default")):
-            raise UserError(
-                f"{self.path.parent} has no chat template, and a chat needs one: name a model that has."
-            )
-        box = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
-        )
-        box.globals |= {
-            "raise_exception": StrictUndefined,
-            "strftime_now": time.strftime,
-        }  # it raises where printed
-        return box.from_string(source), Tokenizer.from_file(str(self.path))
-
-    def chat(self, messages, ask=False):
-        """pieces() of a chat, or of a question with `ask`: the assistant's turns and their ends are targets."""
-        template, tokenizer = self.template
-        marked = [
-            {**m, "content": f"\ue000{n}\ue001"} for n, m in enumerate(messages)
-        ]  # a content stays text
-        try:
-            text = template.render(messages=marked, add_generation_prompt=ask, **self.named)
-        except Exception as e:  # noqa: BLE001 (a template may fail in any way)
-            raise recipes.BadRow(f"the chat template refuses it: {e}") from None
-        text = re.split(
-            "\ue000(\\d+)\ue001", text
-        )  # before the first content, its number, what follows it, ...
-        if text[1::2] != [str(n) for n in range(len(messages))]:
-            raise recipes.BadRow("the chat template leaves out a turn")
-        first, *rest = (
-            tokenizer.encode(between, add_special_tokens=False).ids for between in text[::2]
-        )
-        out = [(first if first[:1] == self.bos[:1] else self.bos + first, NEVER)]
-        for m, ids in zip(messages, rest):
-            ours, end = (
-                m["role"] == "assistant",
-                next((n for n, token in enumerate(ids, 1) if token in self.ends), 0),
-            )
-            out += (
-                [(m["content"].strip(), 0), (ids[:end] or [self.end], 0), (ids[end:], NEVER)]
-                if ours
-                else [(m["content"].strip(), NEVER), (ids, NEVER)]
-            )
-        return out
-
-    def tokens(self, rows):
-        """The marked ids of each list of pieces, as one array a list."""
-        ids = iter(self.encode([part for row in rows for part, _ in row if type(part) is str]))
-        rows = [
-            [(next(ids) if type(part) is str else part, mark) for part, mark in row] for row in rows
-        ]
-        return [
-            sum((array("I", [t | m for t in ids] if m else ids) for ids, m in row), array("I"))
-            for row in rows
-        ]
-
-
-def ahead(work, items, n):
-    """work(item) of each item, in order, made in a thread up to n items ahead of need."""
-    with ThreadPoolExecutor(1) as pool:
-        jobs = (pool.submit(work, item) for item in items)
-        ready = list(itertools.islice(jobs, n + 1))
-        while ready:
-            yield ready.pop(0).result()
-            ready += itertools.islice(jobs, 1)
-
-
-Rendered = namedtuple(
-    "Rendered", "title completion hash pieces"
-)  # a recipe, as little as has to leave its process
-
-
-def render(text, heap, recipe):
-    """The pieces of a recipe and what the rules of `heap` (None: no rules) say of it. Any process can do that."""
-    judged = recipes.judge(heap, recipe) if heap else recipes.Judged(recipe, False, None, None)
-    r = judged.recipe
-    pieces = () if judged.failed else text.pieces(r)
-    short = Rendered(r.title, r.completion and r.completion[:500], recipes.key(r), pieces)
-    return judged._replace(recipe=short) if heap else short
-
-
-def cleaned(files, cfg, rules, account, held=(), judge=recipes.judge):
-    """Two passes over the source: one counts the ingredients, one cleans. On all cores, where the heap is large."""
-    found = (
-        recipes.read(files, recipes.Account(), cfg.allow_bad, recipes.names)
-        if rules.min_share
-        else ()
-    )
-    common = recipes.common(Progress(None, "ingredients").over(found), rules)
-    judged = recipes.read(
-        files, account, cfg.allow_bad, partial(judge, recipes.Heap(rules, common))
-    )
-    return recipes.clean(
-        judged, rules, account, common, recipes.read(held, recipes.Account(), 1.0) if held else ()
-    )
-
-
-def tokenise(files, cfg, rules, text, held=()):
-    """Read, clean, tokenise once. -> folder of tokens.bin, rows.bin, account.json. Cleaning drops doubles of `held`."""
-    hangs_on = [
-        [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in [*files, *held]],
-        len(files),
-        cfg.allow_bad,
-        cfg.clean and asdict(rules),
-        text.bos,
-        text.end,
-        sorted(text.ends),
-        text.named,
-        text.source,
-        *(f.read_text("utf-8") for f in (text.path, Path(recipes.__file__), Path(__file__))),
-    ]
-    done = (
-        cache_folder(cfg)
-        / "tokens"
-        / hashlib.sha256(json.dumps(hangs_on).encode()).hexdigest()[:16]
-    )
-    if done.exists():
-        return done
-    account = recipes.Account()
-    heap = (
-        cleaned(files, cfg, rules, account, held, partial(render, text))
-        if cfg.clean
-        else recipes.read(files, account, cfg.allow_bad, partial(render, text, None))
-    )
-    heap = Progress(None, "tokenise").over(heap)
-    chunks = iter(lambda: list(itertools.islice(heap, 2048)), [])
-    made = ahead(lambda chunk: zip(chunk, text.tokens([r.pieces for r in chunk])), chunks, 2)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".part", dir=done.parent) as folder:
-        (
-            part := Path(folder, done.name)
-        ).mkdir()  # moved when whole: a killed preparation starts clean
-        with open(part / "tokens.bin", "wb") as out, open(part / "rows.bin", "wb") as rows:
-            for r, ids in itertools.chain.from_iterable(made):
-                rows.write(np.array((out.tell() // 4, len(ids), r.hash), dtype=ROW).tobytes())
-                out.write(ids)
-        (part / "account.json").write_text(
-            json.dumps(asdict(account), ensure_ascii=False), encoding="utf-8"
-        )
-        with contextlib.suppress(OSError):  # another process was quicker, with the same
-            part.rename(done)
-    return done
-
-
-class Heap:
-    """Tokenised recipes: tokens (memory-mapped), one row of `rows` a recipe, and which of them train."""
-
-    def __init__(self, folder):
-        self.rows = np.fromfile(folder / "rows.bin", dtype=ROW)
-        self.tokens = (
-            np.memmap(folder / "tokens.bin", dtype="<u4", mode="r") if len(self.rows) else []
-        )
-        self.account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
+    def __init__(self, source, rows, account, indices):
+        self.source = source  # the TokenFile
+        self.rows = rows  # its rows without the recipes that are longer than max_len
+        self.account = account  # what became of every row that was read
+        self.indices = indices
+        self.all_lengths = source.rows["length"]
 
     def recipe(self, i, mask_prompt=False):
-        """(ids, those of their indices that are targets). Without BOS nothing predicts the first token."""
+        """(ids, those of their indices that are targets) of row i."""
         start, length, _ = self.rows[i].tolist()
-        marked = self.tokens[start : start + length]
-        at = np.flatnonzero(marked < (PROMPT if mask_prompt else NEVER))
-        return (marked & (PROMPT - 1)).astype(np.int64), at[at > 0]
+        return self.source.recipe(start, length, mask_prompt)
 
     def ids(self, i):
-        return self.recipe(i)[0]
+        ids, _ = self.recipe(i)
+        return ids
 
     def lengths(self, which):
+        """How many tokens those rows have."""
         return self.rows["length"][which].astype(np.int64)
 
+    @property
+    def longest(self):
+        """Tokens of the longest recipe."""
+        return int(self.rows["length"].max())
 
-def load(names, flag, cfg, rules, text, held=()):
-    """The Heap of some files, without what is longer than max_len: the last rule, since it needs the tokens."""
-    files = [Path(f).resolve() for f in names] or [convert.default_recipes(cache_folder(cfg))]
-    if missing := [f for f in files if not f.is_file()]:
-        raise UserError(f"{flag}: {missing[0]} is no file.")
-    heap = Heap(tokenise(files, cfg, rules, text, [Path(f).resolve() for f in held]))
-    a, took, heap.every = heap.account, heap.account["dropped"], heap.rows["length"]
-    long = np.flatnonzero(heap.every > cfg.max_len)
-    starts = [text.decode(heap.ids(i)[:20]).strip().split("\n")[0] for i in long[:3]]
-    a["examples"]["max_len"] = [f"{s}: {n} tokens" for s, n in zip(starts, heap.every[long])]
-    heap.rows, took["max_len"], a["kept"] = (
-        np.delete(heap.rows, long),
-        len(long),
-        len(heap.rows) - len(long),
-    )
-    if not len(heap.rows):
-        most, bad = (
-            max(took, key=took.get),
-            f"all {a['bad']} rows are bad: {'; '.join(a['bad_examples'])}",
-        )
-        why = (
-            f"{most} took {took[most]}; loosen that bound (--help lists them)"
-            if took[most]
-            else bad
-        )
-        raise UserError(f"no recipe is left of {a['read']} read: {why}.")
-    if 0 < (most := cfg.budget or cfg.batch_tokens) < (longest := heap.rows["length"].max()):
-        raise UserError(
-            f"--batch_tokens {most}: the longest recipe has {longest} tokens; raise it."
-        )
-    return heap
+    def using(self, indices):
+        """This dataset with other indices."""
+        return Dataset(self.source, self.rows, self.account, indices)
 
 
 def prepare(cfg, rules, folder):
-    """(Heap, that of the held-out recipes, Text). Their .train and .val are row numbers; train has no double of val."""
-    if cfg.max_len > (text := Text(folder)).window:
+    """(dataset, held, text): what to train on, what is held out, and the tokenizer of a model folder."""
+    text = Text(folder)
+    if cfg.max_len > text.window:
         raise UserError(
             f"--max_len {cfg.max_len} is beyond the {text.window} positions of this model."
         )
     if cfg.val_data:
         held = load(cfg.val_data, "--val_data", cfg, rules, text)
-        held.val = np.random.default_rng(cfg.seed).permutation(len(held.rows))[: cfg.val_recipes]
-        heap = load(cfg.data, "--data", cfg, rules, text, cfg.val_data)
-        heap.train = np.flatnonzero(~np.isin(heap.rows["key"], held.rows["key"]))
+        dataset = load(cfg.data, "--data", cfg, rules, text, cfg.val_data)
+        # A recipe of the held-out file is not trained on, even if it is not among the val_recipes.
+        train = ~np.isin(dataset.rows["key"], held.rows["key"])
+        chosen = np.random.default_rng(cfg.seed).permutation(len(held.rows))[: cfg.val_recipes]
     else:
-        heap = held = load(cfg.data, "--data", cfg, rules, text)
-        out = recipes.held_out(heap.rows["key"], cfg.val_recipes, cfg.seed)
-        heap.train, held.val = np.flatnonzero(~out), np.flatnonzero(out)
-    if not len(heap.train) or not len(held.val):
+        held = dataset = load(cfg.data, "--data", cfg, rules, text)
+        out = recipes.held_out(dataset.rows["key"], cfg.val_recipes, cfg.seed)
+        train = ~out
+        chosen = np.flatnonzero(out)
+    dataset = dataset.using(np.flatnonzero(train))
+    held = held.using(chosen)
+    if not len(dataset.indices) or not len(held.indices):
+        n = len(dataset.rows)
         raise UserError(
-            f"{len(heap.rows)} recipe(s) are too few to train on and hold out: bring more, or --val_data."
+            f"{n} recipe(s) are too few to train on and hold out: bring more, or --val_data."
         )
-    return heap, held, text
+    return dataset, held, text
 
 
-def fingerprint(heap, held):
-    return hashlib.sha256(heap.rows.tobytes() + held.rows[held.val].tobytes()).hexdigest()[:16]
+def load(names, flag, cfg, rules, text, held=()):
+    """The Dataset of all recipes of some files that are not longer than max_len."""
+    files = hub.recipe_files(names, flag, disk.cache_folder(cfg.cache))
+    held = [Path(name).resolve() for name in held]
+    source = TokenFile(tokenise(files, cfg, rules, text, held))
+    rows, account = drop_long(source, text, cfg.max_len)
+    if not len(rows):
+        raise UserError(why_nothing_is_left(account))
+    most = cfg.budget or cfg.batch_tokens
+    longest = rows["length"].max()
+    if 0 < most < longest:
+        raise UserError(
+            f"--batch_tokens {most}: the longest recipe has {longest} tokens; raise it."
+        )
+    return Dataset(source, rows, account, np.arange(len(rows)))
 
 
-# --- batches ---
+def fingerprint(dataset, held):
+    """What a resumed run must find again: all rows of the one, the held-out rows of the other."""
+    rows = dataset.rows.tobytes() + held.rows[held.indices].tobytes()
+    return hashlib.sha256(rows).hexdigest()[:16]
+
+
+# --- which recipe is in which batch ---
+
+
+def plan(lengths, cfg, epoch, grad_accum=1):
+    """The steps of an epoch: lists of grad_accum micro-batches of positions in `lengths`. A pure function.
+
+    The longest recipe is in the first step, so that running out of memory shows at once (as in lit-llama). The batches
+    of a step are neighbours: accumulation changes no loss."""
+    rng = np.random.default_rng([cfg.seed, epoch])
+    order = rng.permutation(len(lengths))
+    if cfg.batching == "sorted":
+        # The sort is stable, so recipes of equal length stay in random order.
+        order = order[np.argsort(-lengths[order], kind="stable")]
+    longest = lengths[order].argmax()
+    order[[0, longest]] = order[[longest, 0]]
+    batches = cut(order, lengths, cfg)
+    if cfg.budget:
+        # The first rows of each window hold the longest recipes and the last many short ones.
+        shuffled = 1 + rng.permutation(len(batches) - 1)
+        batches[1:] = [batches[i] for i in shuffled]
+    steps = [batches[i : i + grad_accum] for i in range(0, len(batches), grad_accum)]
+    later = steps[1:]
+    rng.shuffle(later)
+    return steps[:1] + later
+
+
 def cut(order, lengths, cfg):
     """The recipes of `order` as batches: batch_size of them, or as many as fit into batch_tokens padded, or packed."""
     if cfg.budget:
-        return [
-            b
-            for i in range(0, len(order), 4096)
-            for b in pack(order[i : i + 4096], lengths, cfg.budget)
-        ]
-    if not cfg.batch_tokens:
-        return [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
-    begins, widest = [0], 0
+        return pack_windows(order, lengths, cfg.budget)
+    if cfg.batch_tokens:
+        return cut_by_tokens(order, lengths, cfg.batch_tokens)
+    size = cfg.batch_size
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def cut_by_tokens(order, lengths, batch_tokens):
+    """Batches that are padded to at most batch_tokens: the next one begins where a recipe would not fit any more."""
+    begins = [0]
+    widest = 0
     for i, length in enumerate(lengths[order].tolist()):
-        if (widest := max(widest, length)) * (i + 1 - begins[-1]) > cfg.batch_tokens:
+        widest = max(widest, length)
+        recipes_in_batch = i + 1 - begins[-1]
+        if widest * recipes_in_batch > batch_tokens:
             begins.append(i)
             widest = length
     return np.split(order, begins[1:])
 
 
+def pack_windows(order, lengths, budget):
+    """Packed rows of the whole order, one window of it after another."""
+    rows = []
+    for i in range(0, len(order), WINDOW):
+        rows += pack(order[i : i + WINDOW], lengths, budget)
+    return rows
+
+
 def pack(order, lengths, budget):
     """Best fit decreasing, on a window of the epoch's order: the longest first, each into the fullest row with room."""
-    rows, room = [], []  # room: (free tokens, row) of the rows that are not full, sorted
-    for i in order[np.argsort(-lengths[order], kind="stable")].tolist():
+    rows = []
+    room = []  # (free tokens, row) of the rows that are not full, sorted
+    longest_first = order[np.argsort(-lengths[order], kind="stable")]
+    for i in longest_first.tolist():
         need = int(lengths[i]) - 1  # the last token is a target only
-        at = bisect.bisect_left(room, need, key=lambda pair: pair[0])
-        free, row = room.pop(at) if at < len(room) else (budget, rows.append([]) or rows[-1])
+        fullest = bisect.bisect_left(room, need, key=free_tokens)
+        if fullest < len(room):
+            free, row = room.pop(fullest)
+        else:
+            free = budget
+            row = []
+            rows.append(row)
         row.append(i)
-        if len(row) < budget // 64:
-            bisect.insort(room, (free - need, row), key=lambda pair: pair[0])
+        if len(row) < budget // SHORTEST:
+            bisect.insort(room, (free - need, row), key=free_tokens)
     return [np.array(row) for row in rows]
 
 
-def plan(lengths, cfg, epoch, grad_accum=1):
-    """The steps of an epoch: lists of grad_accum micro-batches of positions in `lengths`. A pure function. The longest
-    recipe is in the first: out of memory shows at once (lit-llama). Neighbours: accumulation changes no loss."""
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(lengths))
-    order = (
-        order[np.argsort(-lengths[order], kind="stable")] if cfg.batching == "sorted" else order
-    )  # equal: random
-    longest = lengths[order].argmax()
-    order[[0, longest]] = order[[longest, 0]]
-    batches = cut(order, lengths, cfg)
-    if cfg.budget:  # of a window the first rows hold the longest recipes, the last many short ones
-        batches[1:] = [batches[i] for i in 1 + rng.permutation(len(batches) - 1)]
-    steps = [batches[i : i + grad_accum] for i in range(0, len(batches), grad_accum)]
-    rng.shuffle(later := steps[1:])
-    return steps[:1] + later
+def free_tokens(pair):
+    free, _ = pair
+    return free
 
 
 def padding(lengths, cfg):
     """Share of an epoch's tokens that are padding."""
-    batches = [b for step in plan(lengths, cfg, 0) for b in step]
-    return float(
-        1
-        - (lengths - bool(cfg.budget)).sum()
-        / sum(cfg.budget or len(b) * lengths[b].max() for b in batches)
-    )
+    batches = list(itertools.chain(*plan(lengths, cfg, 0)))
+    if cfg.budget:
+        # The last token of a packed recipe is a target only.
+        real = (lengths - 1).sum()
+        total = cfg.budget * len(batches)
+    else:
+        real = lengths.sum()
+        total = sum(len(batch) * lengths[batch].max() for batch in batches)
+    return float(1 - real / total)
 
 
-# ids [B, T]; where [N]: b * T + t of positions whose next token is a target; targets [N]; cu_seqlens, if packed
+# --- a batch ---
+
+
 Batch = namedtuple(
-    "Batch", "ids where targets cu_seqlens real rows"
-)  # real: inputs but padding; rows: which recipes
+    "Batch",
+    [
+        "ids",  # (B, T); packed: (1, budget)
+        "where",  # (N,) b * T + t of the positions whose next token is a target
+        "targets",  # (N,) those next tokens
+        "cu_seqlens",  # where documents begin and end in a packed row; else None
+        "real",  # inputs that are no padding, a number
+        "rows",  # which recipes
+    ],
+)
 
 
-def collate(heap, rows, mask_prompt, budget=0):
+def collate(dataset, rows, mask_prompt, budget=0):
     """Recipes as one Batch on the CPU: a row each, padded, or with a budget end to end in one row of that length."""
-    from torch import from_numpy as tensor
+    # Here, so that a program that makes no batch starts without torch.
+    from torch import from_numpy
 
-    taken = [heap.recipe(i, mask_prompt) for i in rows]
-    needs = [
-        len(ids) - 1 for ids, _ in taken
-    ]  # padding is told by length: a model may pad with its end token
-    T, longest = budget or max(needs), int(heap.rows["length"].max())
-    begins = np.cumsum([0, *(needs if budget else [T] * len(rows))])
-    ids = np.zeros(budget or begins[-1], dtype=np.int64)
-    for (t, _), begin in zip(taken, begins):
-        ids[begin : begin + len(t) - 1] = t[:-1]
-    where = np.concatenate([begin + at - 1 for (_, at), begin in zip(taken, begins)])
-    if not len(targets := np.concatenate([t[at] for t, at in taken])):
+    taken = [dataset.recipe(i, mask_prompt) for i in rows]
+    # Padding is told by length, because a model may pad with its end token. The last token is a target only.
+    needs = [len(ids) - 1 for ids, _ in taken]
+    if budget:
+        T = budget
+        begins = np.cumsum([0, *needs])
+    else:
+        T = max(needs)
+        begins = np.arange(len(rows) + 1) * T
+    ids = np.zeros(budget or len(rows) * T, dtype=np.int64)
+    where = []
+    targets = []
+    for (recipe_ids, at), need, begin in zip(taken, needs, begins, strict=False):
+        ids[begin : begin + need] = recipe_ids[:-1]
+        where.append(begin + at - 1)
+        targets.append(recipe_ids[at])
+    targets = np.concatenate(targets)
+    if not len(targets):
         raise UserError(
             f"a batch has no target token: recipe(s) {[int(i) for i in rows]} of the heap are all prompt."
         )
-    ends = [
-        *begins,
-        *range(begins[-1] + longest, budget, longest),
-    ]  # the free tail: documents as long as a recipe
-    cu = np.array(
-        ends + [budget] * (budget // 64 + budget // longest + 3 - len(ends)), dtype=np.int32
-    )  # equally many
+    cu_seqlens = None
+    if budget:
+        longest = int(dataset.rows["length"].max())
+        cu_seqlens = from_numpy(document_ends(begins, longest, budget))
     return Batch(
-        *map(tensor, (ids.reshape(-1, T), where, targets)),
-        tensor(cu) if budget else None,
-        sum(needs),
-        rows,
+        ids=from_numpy(ids.reshape(-1, T)),
+        where=from_numpy(np.concatenate(where)),
+        targets=from_numpy(targets),
+        cu_seqlens=cu_seqlens,
+        real=sum(needs),
+        rows=rows,
     )
 
 
-def feed(heap, steps, device, mask_prompt, budget=0, n=4):
-    """A list of Batches on the device for each step. A thread makes and copies them: the GPU never waits for one."""
+def document_ends(begins, longest, budget):
+    """Where the documents of a packed row begin and end, for attention; equally many in all rows, so one shape."""
+    # The free tail is cut into documents, too, each as long as the longest recipe.
+    tail = range(begins[-1] + longest, budget, longest)
+    ends = [*begins, *tail]
+    most = budget // SHORTEST + budget // longest + 3
+    ends += [budget] * (most - len(ends))
+    return np.array(ends, dtype=np.int32)
 
-    def send(x):  # a tensor; the others stay
-        return (
-            (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-            if hasattr(x, "to")
-            else x
-        )
 
-    return ahead(
-        lambda step: [Batch(*map(send, collate(heap, rows, mask_prompt, budget))) for rows in step],
-        steps,
-        n,
-    )
+def feed(dataset, steps, device, mask_prompt, budget=0, n=4):
+    """A list of Batches on the device for each step, made and copied in a thread n steps ahead of need.
+
+    Reading, padding and copying then run while the device works, so the device never waits for a batch."""
+    make = partial(make_step, dataset, device, mask_prompt, budget)
+    return ahead(make, steps, n)
+
+
+def make_step(dataset, device, mask_prompt, budget, step):
+    batches = [collate(dataset, rows, mask_prompt, budget) for rows in step]
+    return [send(batch, device) for batch in batches]
+
+
+def send(batch, device):
+    """A Batch with its tensors on the device."""
+    tensors = {name: x for name, x in batch._asdict().items() if hasattr(x, "to")}
+    if device.type == "cuda":
+        # Only a copy from pinned memory runs while the GPU works.
+        tensors = {name: x.pin_memory() for name, x in tensors.items()}
+    sent = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+    return batch._replace(**sent)
+
+
+# --- the steps of a run ---
+
+
+def steps_of_run(dataset, cfg, grad_accum):
+    """The recipes of step 1, 2, …: a list of micro-batches each, epoch after epoch. No step mixes two of them."""
+    lengths = dataset.lengths(dataset.indices)
+    for epoch in itertools.count():
+        for step in plan(lengths, cfg, epoch, grad_accum):
+            yield [dataset.indices[rows] for rows in step]
+
+
+def count_steps(dataset, cfg, grad_accum, epochs):
+    lengths = dataset.lengths(dataset.indices)
+    return sum(len(plan(lengths, cfg, epoch, grad_accum)) for epoch in range(epochs))
+
+
+def sizes(dataset, held):
+    return f"{len(dataset.indices)} recipes to train on, {len(held.indices)} held out"
+
+
+def say_small(dataset, cfg, grad_accum):
+    """A note where a step wants more recipes than there are."""
+    wanted = grad_accum * cfg.batch_size
+    have = len(dataset.indices)
+    if not cfg.batch_tokens and not cfg.budget and have < wanted:
+        say("note", f"a step wants {wanted} recipes and there are {have}: it trains on those")
 
 
 # --- python data.py ---
+
+
 @dataclass
 class Show:
     # fmt: off
@@ -513,106 +384,117 @@ class Show:
     # fmt: on
 
 
-def print_account(a):
-    print(
-        f"read         {a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired",
-        *(f"{'':17}bad: {example}" for example in a["bad_examples"]),
-        sep="\n",
-    )
-    for rule, n in a["dropped"].items():
-        most = "  more than half of all: is that bound right?" if 2 * n > a["read"] else ""
-        print(
-            f"dropped      {n:>7}  {rule}{most}",
-            *(f"{'':26}{e}" for e in a["examples"].get(rule, [])),
-            sep="\n",
-        )
-    size = f"{a['batch_tokens']} tokens" if a["batch_tokens"] else f"{a['batch_size']} recipes"
-    print(f"kept         {a['kept']} recipes, {a['held_out']} held out")
-    print(
-        f"tokens       {a['tokens']:,}; a recipe has",
-        ", ".join(f"{n} ({p})" for p, n in a["lengths"].items()),
-    )
-    print(
-        f"padding      batches of {size}:",
-        ", ".join(f"{kind} {share:.2%}" for kind, share in a["padding"].items()),
-    )
+def write_cleaned(cfg, rules, to):
+    """--to: the recipes that the rules leave, for other programs."""
+    files = hub.recipe_files(cfg.data, "--data", disk.cache_folder(cfg.cache))
+    held = [Path(name) for name in cfg.val_data]
+    account = Account()
+    kept = recipes.clean(files, rules, account, cfg.allow_bad, held, whole=True)
+    sources.save((recipes.row_of(judged.recipe) for judged in kept), Path(to))
+    print(f"{account.kept} of {account.read} recipes are in {to}")
 
 
-def show(heap, text, cfg, n):
+def show(dataset, text, cfg, n):
     """Print recipes as the model sees them: green what it is trained to write, grey what it only reads."""
-    for i in np.random.default_rng(cfg.seed).permutation(heap.train)[:n]:
-        ids, at = heap.recipe(i, cfg.mask_prompt)
-        for green, turn in itertools.groupby(range(len(ids)), set(at.tolist()).__contains__):
-            said = text.tokenizer.decode(ids[list(turn)].tolist(), skip_special_tokens=False)
-            print(f"\033[{32 if green else 90}m{said}\033[0m", end="")
+    shuffled = np.random.default_rng(cfg.seed).permutation(dataset.indices)
+    for i in shuffled[:n]:
+        ids, at = dataset.recipe(i, cfg.mask_prompt)
+        targets = set(at.tolist())
+        runs = itertools.groupby(range(len(ids)), key=lambda t: t in targets)
+        for is_target, places in runs:
+            said = text.tokenizer.decode(ids[list(places)].tolist(), skip_special_tokens=False)
+            colour = 32 if is_target else 90  # green, grey
+            print(f"\033[{colour}m{said}\033[0m", end="")
         print("\n")
 
 
-def draw(heap, cfg, shares, path):
-    """padding.png: the first recipes as random, sorted and packed batches, padding in red; and the lengths."""
-    from matplotlib import colors, figure
-
-    fig, lengths = (
-        figure.Figure(figsize=(11, 8), layout="constrained"),
-        heap.lengths(heap.train[:192]),
-    )
-    (*axes, last), palette = (
-        fig.subplots(2, 2).flat,
-        colors.to_rgba_array(["white", "C0", "lightskyblue", "C3"]),
-    )
-    for ax, (kind, share) in zip(axes, shares.items()):
-        c, picture = replace(cfg, batching=kind), []
-        for batch in itertools.chain(*plan(lengths, c, 0)):
-            width, rows = (
-                (c.budget, [batch]) if c.budget else (lengths[batch].max(), batch[:, None])
-            )
-            picture += [
-                np.append(np.repeat(1 + np.arange(len(r)) % 2, lengths[r]), [3] * width)[:width]
-                for r in rows
-            ]
-        cells = np.array([*itertools.zip_longest(*picture, fillvalue=0)]).T
-        ax.imshow(palette[cells], aspect="auto", interpolation="nearest")
-        ax.set(title=f"{kind}: {share:.2%} padding", xlabel="tokens", ylabel="rows")
-    last.hist(heap.every.clip(max=2 * cfg.max_len), bins=100, color="tab:blue")
-    last.axvline(
-        cfg.max_len, color="tab:red", label=f"max_len: {heap.account['dropped']['max_len']} dropped"
-    )
-    last.set(title="lengths", xlabel="tokens", ylabel="recipes")
-    last.legend()
-    fig.savefig(path, dpi=120)
+def padding_shares(dataset, cfg):
+    """{batching: share of padding} of the ways of batching that hold the longest recipe."""
+    kinds = ["random", "sorted"]
+    if dataset.rows["length"].max() <= (cfg.batch_tokens or PACKED_TOKENS):
+        kinds.append("packed")
+    lengths = dataset.lengths(dataset.indices)
+    return {kind: padding(lengths, replace(cfg, batching=kind)) for kind in kinds}
 
 
-def main():
-    cfg, rules, what = parse(__doc__, Data, recipes.Rules, Show)
-    check(cfg)
-    bound(what, show=0)
-    if what.to:
-        files, account = cfg.data or [convert.default_recipes(cache_folder(cfg))], recipes.Account()
-        recipes.save(
-            cleaned(files, cfg, rules, account, list(map(Path, cfg.val_data))), Path(what.to)
-        )
-        return print(f"{account.kept} of {account.read} recipes are in {what.to}")
-    heap, held, text = prepare(cfg, rules, convert.resolve(cfg.model, cache_folder(cfg)))
-    if what.show:
-        return show(heap, text, cfg, what.show)
-    lengths = heap.lengths(slice(None))
-    kinds = ("random", "sorted", "packed")[
-        : 3 if lengths.max() <= (cfg.batch_tokens or 4096) else 2
-    ]
-    shares = {
-        kind: padding(heap.lengths(heap.train), replace(cfg, batching=kind)) for kind in kinds
-    }
-    account = {
-        **heap.account,
-        "held_out": len(held.val),
+def full_account(dataset, held, cfg, shares):
+    """The account of a dataset with what is known of its tokens and batches."""
+    lengths = dataset.lengths(slice(None))
+    percentiles = {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)}
+    return {
+        **dataset.account,
+        "held_out": len(held.indices),
         "tokens": int(lengths.sum()),
-        "lengths": {f"p{p}": int(np.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)},
+        "lengths": percentiles,
         "padding": shares,
         "batch_size": cfg.batch_size,
         "batch_tokens": cfg.batch_tokens,
     }
-    print(json.dumps(account, ensure_ascii=False)) if what.json else print_account(account)
-    draw(heap, cfg, shares, "padding.png")
+
+
+def print_account(a):
+    print(f"read         {a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")
+    for example in a["bad_examples"]:
+        print(f"{'':17}bad: {example}")
+    for rule, n in a["dropped"].items():
+        most = ""
+        if 2 * n > a["read"]:
+            most = "  more than half of all: is that bound right?"
+        print(f"dropped      {n:>7}  {rule}{most}")
+        for example in a["examples"].get(rule, []):
+            print(f"{'':26}{example}")
+    size = f"{a['batch_size']} recipes"
+    if a["batch_tokens"]:
+        size = f"{a['batch_tokens']} tokens"
+    lengths = ", ".join(f"{n} ({p})" for p, n in a["lengths"].items())
+    shares = ", ".join(f"{kind} {share:.2%}" for kind, share in a["padding"].items())
+    print(f"kept         {a['kept']} recipes, {a['held_out']} held out")
+    print(f"tokens       {a['tokens']:,}; a recipe has {lengths}")
+    print(f"padding      batches of {size}: {shares}")
+
+
+def draw_padding(dataset, cfg, shares, path):
+    """padding.png: the first recipes as random, sorted and packed batches, padding in red; and the lengths."""
+    lengths = dataset.lengths(dataset.indices[:192])
+    panels = []
+    for kind, share in shares.items():
+        rows = rows_of_batches(lengths, replace(cfg, batching=kind))
+        panels.append((f"{kind}: {share:.2%} padding", rows))
+    dropped = dataset.account["dropped"]["max_len"]
+    pictures.padding(path, panels, dataset.all_lengths, cfg.max_len, dropped)
+
+
+def rows_of_batches(lengths, cfg):
+    """[(lengths of the recipes in a row, its width)] of an epoch's batches."""
+    rows = []
+    for batch in itertools.chain(*plan(lengths, cfg, 0)):
+        if cfg.budget:
+            rows.append((lengths[batch], cfg.budget))
+        else:
+            width = lengths[batch].max()
+            rows += [(lengths[[i]], width) for i in batch]
+    return rows
+
+
+def main():
+    cfg, rules, what = parse(__doc__, Data, Rules, Show)
+    check(cfg)
+    bound(what, show=0)
+    if what.to:
+        write_cleaned(cfg, rules, what.to)
+        return
+    folder = hub.resolve(cfg.model, disk.cache_folder(cfg.cache))
+    dataset, held, text = prepare(cfg, rules, folder)
+    if what.show:
+        show(dataset, text, cfg, what.show)
+        return
+    shares = padding_shares(dataset, cfg)
+    account = full_account(dataset, held, cfg, shares)
+    if what.json:
+        print(json.dumps(account, ensure_ascii=False))
+    else:
+        print_account(account)
+    draw_padding(dataset, cfg, shares, "padding.png")
     say("picture", "padding.png")
 
 

