@@ -6,20 +6,18 @@ A frozen layer is any module with
     mm_t(g)     g · W,  [*, out] -> [*, in]: the gradient of mm's input
     forward(x)  one autograd function around the two, which keeps nothing of x and nothing of W
 
-so whoever stands on it (lora.py) need not know how W is kept. The kinds here also take a LoRA's small products along:
-mm(x, u, B) is x · Wᵀ + u · Bᵀ and mm_t(g, du, A) is g · W + du · A.
-
-Three kinds, and the bytes of one 4096 × 4096 matrix:
+so lora.py, which uses these layers, need not know how W is kept. Three kinds, and the bytes of one 4096 × 4096 matrix:
 
     Plain  as stored, bf16 say: 2 a weight                                                  33,554,432
     FP8    e4m3 codes, 1 a weight: 16,777,216; an fp32 scale a row: 16,384                  16,793,600: 1.001 a weight
     NF4    4-bit codes: 8,388,608; absmax, one a block of 64, in 8 bits: 262,144; their      8,654,852: 0.516 a weight
            own absmax, fp32, one a block of 256 of them: 4,096; one fp32 offset: 4
 
---fp8 adds the scale a row to the others. NF4 (QLoRA, Dettmers et al. 2023): the nearest of 16 values that are equally
-likely under a normal distribution. To it and back go bitsandbytes' operators, on CPU and GPU; as torch.ops they break
-no graph of torch.compile.
+How a weight is kept (--quant) and how it is multiplied (--fp8: in e4m3) are two choices; --fp8 adds the scale a row to
+the kinds without one. What only speed needs stands at the end, each part marked "skip at first reading".
 """
+
+from cli import UserError
 
 import functools
 import importlib.util
@@ -30,84 +28,64 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
+from speed import fp8
+
+# --- the seam ---
 
 
 class Frozen(nn.Module):
-    """What the kinds share. A kind has full(dtype): W [out, in]. again=True is how backward asks: the same by another
-    name, or the compiler would see that it decompresses what forward did, and keep the decompressed weight for it."""
+    """What the kinds share. A kind adds full(dtype), the weight W [out, in] in that dtype."""
 
-    fp8 = False  # --fp8: how it is multiplied, whatever it is kept as
-    compressed = True  # W is made anew for each product
-    joins = True  # mm and mm_t take a LoRA's products along
-    few = 0  # rows for which there are other ways, when sampling; a training batch as short would be a graph of its own
-    recomputed = False  # backward runs forward again, compiled with it: what is decompressed there serves both
+    # Whether W is dequantised for each product.
+    compressed = True
 
     def __init__(self, shape):
         super().__init__()
-        self.shape = self.out_features, self.in_features = tuple(shape)
-        self.bias = self.scale = None  # scale [out, 1]: for fp8
+        self.shape = tuple(shape)
+        self.out_features, self.in_features = self.shape
+        self.bias = None  # [out]
+        self.scale = None  # [out, 1], of W in e4m3
 
-    def e4m3(self, again=False):
-        return (self.full(torch.bfloat16, again).float() / self.scale).to(
-            torch.float8_e4m3fn
-        ), self.scale
+        # Three switches, and the one function that changes each:
+        # multiply_in_fp8: the products are in e4m3, whatever W is kept as.
+        self.fp8 = False
+        # for_few_rows: up to this many rows use the small-batch kernels; 0 while training.
+        self.few = 0
+        # decode_once: backward shares with forward the W that forward dequantised.
+        self.decoded_once = False
 
-    def multiply_in_fp8(self):
-        if self.scale is None:
-            self.scale = row_scale(self.full(torch.bfloat16))
-        self.fp8 = True
+    def full(self, dtype):
+        raise NotImplementedError
 
-    def product(self, x):
-        return x @ self.full(x.dtype).t()
-
-    def mm(self, x, u=None, B=None):
-        """x [*, in] · Wᵀ; for a LoRA + u [N, r] · Bᵀ, B [out, r]. Sums over r alone would read and write y once
-        more: where W is made anew for a product anyway, u rides in the last columns of x and B in those of W."""
+    def mm(self, x):
+        """x [*, in] · Wᵀ -> [*, out]"""
         if self.fp8:
-            return fp8_mm([self], x.flatten(0, -2), u, B)[0].view(*x.shape[:-1], -1)
-        wide = self.compressed and torch.compiler.is_compiling() and self.shape[0] > self.shape[1]
-        if u is not None and wide and x.shape[0] > self.few:
-            return torch.cat((x, pad(u, 1)), 1) @ torch.cat((self.full(x.dtype), pad(B, 1)), 1).t()
-        y = self.product(x)
-        return y if u is None else add(y, u, B.t())
+            return mm_in_fp8(self, x)
+        if has_small_batch_kernel(self, x):
+            return mm_of_few_rows(self, x)
+        W = self.full(x.dtype)
+        return x @ W.t()
 
-    def mm_t(self, g, du=None, A=None):
-        """g [*, out] · W; for a LoRA + du [N, r] · A, A [r, in]: likewise, with A below the rows of W."""
+    def mm_t(self, g):
+        """g [*, out] · W -> [*, in]"""
         if self.fp8:
-            return fp8_mm_t([self], [g.flatten(0, -2)], du, A).view(*g.shape[:-1], -1)
-        W = self.full(g.dtype, again=not self.recomputed)
-        if (
-            du is not None
-            and self.compressed
-            and torch.compiler.is_compiling()
-            and self.shape[0] < self.shape[1]
-        ):
-            return torch.cat((g, pad(du, 1)), 1) @ torch.cat((W, pad(A, 0)))
-        return g @ W if du is None else add(g @ W, du, A)
+            return mm_t_in_fp8(self, g)
+        W = full_in_backward(self, g.dtype)
+        return g @ W
 
     def forward(self, x):
-        y = FrozenMatmul.apply(x, self) if torch.is_grad_enabled() else self.mm(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def pad(t, dim):
-    """Zeros up to a multiple of 128, the tile of a matmul: other widths cost a third of its speed."""
-    return F.pad(t, (0, 0) * (1 - dim) + (0, -t.shape[dim] % 128))
-
-
-def add(y, u, B):
-    """y + u · B, in y's place. The compiler makes the sum where it is used; in place, 2.11's loses every gradient."""
-    return y + u @ B if torch.compiler.is_compiling() else y.addmm_(u, B)
-
-
-def row_scale(W):
-    """e4m3's scale a row, [out, 1]. A row far below the others, zeros say, keeps room: a LoRA's B goes by the same."""
-    scale = to_e4m3(W)[1]
-    return frozen(scale.clamp(min=max(scale.max().item() / 64, 1e-6)))
+        if torch.is_grad_enabled():
+            y = FrozenMatmul.apply(x, self)
+        else:
+            y = self.mm(x)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype)
 
 
 class FrozenMatmul(torch.autograd.Function):
+    """x · Wᵀ. The gradient of x needs W only, and W can be had again: so nothing is kept for backward."""
+
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
@@ -119,135 +97,74 @@ class FrozenMatmul(torch.autograd.Function):
 
 
 def frozen(tensor):
-    return nn.Parameter(
-        tensor, requires_grad=False
-    )  # codes and scales too: they shard, save and move like weights
+    """A parameter that is not trained: codes and scales, too, shard, save and move like weights."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+# --- the three kinds ---
 
 
 class Plain(Frozen):
-    """W as it was stored, in the dtype it was loaded in; the product is made in x's dtype."""
+    """W as it was stored, in the dtype in which it was loaded."""
 
     compressed = False
 
     def __init__(self, weight):
         super().__init__(weight.shape)
-        self.weight = frozen(weight)
+        self.weight = frozen(weight)  # [out, in]
 
-    def full(self, dtype, again=False):
+    def full(self, dtype):
         return self.weight.to(dtype)
-
-    def product(self, x):
-        if (
-            self.few
-            and x.is_cuda
-            and torch.compiler.is_compiling()
-            and x.numel() == self.in_features
-        ):  # one row:
-            row = x.as_strided(
-                x.shape[-1:], (1,)
-            )  # kept: what comes from a view is made anew for each row of W
-            y = (self.weight.to(x.dtype).float() * row.float()).sum(
-                -1
-            )  # a better kernel than cuBLAS has
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return super().product(x)
 
 
 class FP8(Frozen):
-    """W in e4m3; each row has a scale that takes its largest magnitude to e4m3's, 448, at most."""
+    """W in e4m3, 8 bits a weight, with a scale a row."""
 
     def __init__(self, weight):
         super().__init__(weight.shape)
-        self.scale = row_scale(weight)
-        self.weight = frozen((weight.float() / self.scale).to(torch.float8_e4m3fn))
+        self.scale = frozen(fp8.row_scale(weight))  # [out, 1]
+        self.weight = frozen(fp8.to_codes(weight, self.scale))  # [out, in]
 
-    def full(self, dtype, again=False):
-        return (self.weight.float() * self.scale).to(dtype)
-
-    def e4m3(self, again=False):
-        return self.weight, self.scale
+    def full(self, dtype):
+        W = self.weight.float() * self.scale
+        return W.to(dtype)
 
 
 class NF4(Frozen):
-    """W in 4 bits with double quantisation: a block of 64 weights has an absmax; those, less their mean, are kept in 8
-    bits, a block of 256 at a time."""
+    """W in 4 bits (QLoRA, Dettmers et al. 2023): each weight becomes the nearest of 16 values that are equally likely
+    under a normal distribution, times the largest magnitude (absmax) of its block of 64 weights.
+
+    Double quantisation: the absmax values, less their mean (`offset`), are themselves kept in 8 bits, in blocks of 256
+    that have an absmax each (`nested`). The operators are those of bitsandbytes, on CPU and GPU: as torch.ops they do
+    not break the graph of torch.compile."""
 
     def __init__(self, weight):
         super().__init__(weight.shape)
         ops, table = bitsandbytes(weight.device)
-        codes, absmax = ops.quantize_4bit(weight.contiguous(), 64, "nf4", torch.uint8)
+        weight = weight.contiguous()
+        codes, absmax = ops.quantize_4bit(weight, 64, "nf4", torch.uint8)
         self.offset = frozen(absmax.mean())
-        absmax, nested = ops.quantize_blockwise(absmax - self.offset, table, 256)
-        self.weight, self.absmax, self.nested = frozen(codes), frozen(absmax), frozen(nested)
+        absmax_codes, nested = ops.quantize_blockwise(absmax - self.offset, table, 256)
+        self.weight = frozen(codes)  # [out * in / 2, 1], two weights a byte
+        self.absmax = frozen(absmax_codes)  # [out * in / 64]
+        self.nested = frozen(nested)  # [out * in / 64 / 256]
+        # The 256 values that an 8-bit absmax stands for.
         self.register_buffer("table", table, persistent=False)
 
-    def full(self, dtype, again=False):
-        codes, absmax = (
-            (self.weight.flatten(), self.absmax.flatten()) if again else (self.weight, self.absmax)
-        )
-        return torch.ops.bitsandbytes.dequantize_4bit(
-            codes, self.scales(absmax), 64, "nf4", self.shape, dtype
-        )
+    def full(self, dtype):
+        return self.dequantise(self.weight, self.absmax, dtype)
 
-    def scales(self, absmax):  # in fp32
-        block = (
-            torch.arange(len(absmax.flatten()), device=absmax.device) // 256
-        )  # one kernel, compiled
-        return self.table[absmax.int()] * self.nested[block] + self.offset
+    def dequantise(self, codes, absmax, dtype):
+        scales = self.scales(absmax)
+        dequantise = torch.ops.bitsandbytes.dequantize_4bit
+        return dequantise(codes, scales, 64, "nf4", self.shape, dtype)
 
-    def product(self, x):
-        if (
-            self.few and x.is_cuda and x.numel() <= self.few * self.in_features
-        ):  # decoded as it is read
-            y = torch.ops.bitsandbytes.gemm_4bit(
-                x.flatten(0, -2),
-                self.weight,
-                self.shape,
-                self.nested,
-                64,
-                "nf4",
-                None,
-                self.absmax,
-                self.table,
-                self.offset,
-            )
-            return y.view(
-                *x.shape[:-1], -1
-            )  # flat: rows with gaps between them would be a product each
-        return super().product(x)
-
-
-class Joined:
-    """Block.project for sampling in nf4: few rows go through q, k and v in one product, for k's alone is little but its
-    launch. Their codes lie end to end, each layer's are a view; absmax is decoded, as their offsets differ."""
-
-    def __init__(self, layers):
-        self.codes, self.rows = (
-            torch.cat([layer.weight for layer in layers]),
-            [layer.out_features for layer in layers],
-        )
-        self.absmax = torch.cat([layer.scales(layer.absmax) for layer in layers])
-        for layer, part in zip(layers, self.codes.split([len(layer.weight) for layer in layers])):
-            layer.weight = frozen(part)
-
-    def __call__(self, x, layers):
-        if len(layers) < 3 or x.numel() > layers[0].few * x.shape[-1]:
-            return [layer(x) for layer in layers]
-        shape = sum(self.rows), x.shape[-1]
-        y = torch.ops.bitsandbytes.gemm_4bit(
-            x.flatten(0, -2), self.codes, shape, self.absmax, 64, "nf4"
-        )
-        return [part.view(*x.shape[:-1], -1) for part in y.split(self.rows, 1)]
-
-
-def for_writing(model):  # few rows at a time from here on
-    for block in model.layers:
-        block.apply(lambda layer: isinstance(layer, Frozen) and setattr(layer, "few", 64))
-        kinds = {
-            type(layer) for layer in block.children() if hasattr(layer, "mm")
-        }  # an adapter has its own project
-        if kinds == {NF4} and block.q_proj.weight.is_cuda and block.q_proj.bias is None:
-            block.project = Joined([block.q_proj, block.k_proj, block.v_proj])
+    def scales(self, absmax):
+        """The absmax of each block of 64 weights, fp32. Compiled, these lines are one kernel."""
+        count = len(absmax.flatten())
+        block = torch.arange(count, device=absmax.device) // 256
+        values = self.table[absmax.int()]
+        return values * self.nested[block] + self.offset
 
 
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
@@ -267,120 +184,385 @@ def make_linear(kind):
     return make
 
 
+def frozen_layers(module):
+    """[(name, layer)] of the module's frozen layers of these kinds; the module itself may be one."""
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, Frozen)]
+
+
+# --- --fp8: the products in e4m3 (speed/fp8.py says which axis has which scale) ---
+
+
 def multiply_in_fp8(model, device):
     """--fp8: every frozen layer multiplies in e4m3 from here on."""
-    if (
-        device.type == "mps"
-        or device.type == "cuda"
-        and torch.cuda.get_device_capability() < (8, 9)
-    ):
+    old_card = device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9)
+    if device.type == "mps" or old_card:
         raise UserError(
             "--fp8: this device has no fp8 (GPUs have it from compute capability 8.9 on); drop --fp8."
         )
-    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, Frozen)]:
-        if device.type == "cuda" and (layer.in_features % 16 or layer.out_features % 16):
+    for name, layer in frozen_layers(model):
+        ragged = layer.in_features % 16 != 0 or layer.out_features % 16 != 0
+        if device.type == "cuda" and ragged:
             raise UserError(
                 f"--fp8: {name} is {layer.shape}, no multiple of the tiles of 16; drop --fp8."
             )
-        layer.multiply_in_fp8()
+        if layer.scale is None:
+            # No name is given to W: it would live on while the next layer is dequantised.
+            layer.scale = frozen(fp8.row_scale(layer.full(torch.bfloat16)))  # [out, 1]
+        layer.fp8 = True
 
 
-# --- fp8 products ---
-def to_e4m3(*parts):
-    """Parts [N, K1], [N, K2] … side by side -> (codes e4m3 [N, K], scale fp32 [N, 1]), about codes * scale. A scale a
-    row: an outlier costs its own row only."""
-    top = functools.reduce(torch.maximum, [p.abs().amax(-1, keepdim=True) for p in parts])
-    scale = top.float().clamp(min=1e-12) / 448
-    codes = [(p.float() / scale).to(torch.float8_e4m3fn) for p in parts]
-    return codes[0] if len(codes) == 1 else torch.cat(codes, 1), scale
+def e4m3_codes(layer):
+    """W [out, in] in e4m3, in layer.scale [out, 1]. An FP8 layer is kept so; other kinds are cast for each product."""
+    if isinstance(layer, FP8):
+        return layer.weight
+    return fp8.to_codes(layer.full(torch.bfloat16), layer.scale)
 
 
-SCALED_MM = {
-    "cuda": True,
-    "cpu": tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13),
-}  # has row scales
+def e4m3_codes_in_backward(layer):
+    """The same codes, where backward needs them."""
+    if isinstance(layer, FP8):
+        return layer.weight
+    return fp8.to_codes(full_in_backward(layer, torch.bfloat16), layer.scale)
 
 
-def scaled_mm(a, scale_a, b, scale_b, dtype):
-    """(a [M, K] · b [N, K]ᵀ) * scale_a [M, 1] * scale_b [N, 1]ᵀ of e4m3 codes. -> [M, N]; sums in fp32"""
-    if SCALED_MM.get(a.device.type):
-        return torch._scaled_mm(
-            a,
-            b.t(),
-            scale_a=scale_a,
-            scale_b=scale_b.t(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=a.is_cuda,
-        ).to(dtype)
-    return ((a.float() @ b.float().t()) * scale_a * scale_b.t()).to(dtype)
+def mm_in_fp8(layer, x):
+    """x [*, in] · Wᵀ -> [*, out]"""
+    flat = x.flatten(0, -2)  # [N, in]
+    y = fp8.mm(flat, e4m3_codes(layer), layer.scale)
+    return in_shape_of(x, y)
 
 
-def fp8_mm(layers, x, u=None, B=None):
-    """[x [N, in] · Wᵀ + u [N, r] · Bᵀ of each layer], B [sum of out, r], as one product: u rides along as further
-    columns of x, B as those of W, in W's scales; what of B would be too large for those goes over to u."""
-    codes, scale = map(torch.cat, zip(*(layer.e4m3() for layer in layers)))
-    # where y is the narrow one, a sum of its own is cheaper: x's largest magnitude need not wait for u
-    parts, apart = [x], u is not None and x.shape[1] > 2 * len(scale)
-    if u is not None and not apart:
-        B = pad(B, 1).float() / scale
-        over = (B.abs().amax() / 448).clamp(min=1)
-        codes = torch.cat((codes, (B / over).to(torch.float8_e4m3fn)), 1)
-        parts.append(pad(u, 1).float() * over)
-    y = scaled_mm(*to_e4m3(*parts), codes, scale, x.dtype)
-    if apart:
+def mm_t_in_fp8(layer, g):
+    """g [*, out] · W -> [*, in]"""
+    flat = g.flatten(0, -2)  # [N, out]
+    dx = fp8.mm_t(flat, e4m3_codes_in_backward(layer), layer.scale)
+    return in_shape_of(g, dx)
+
+
+def in_shape_of(x, y):
+    """y [N, out] or [N * out], of an x [*, in] -> [*, out]"""
+    return y.view(*x.shape[:-1], -1)
+
+
+# --- the layers that share an input, with the small products of a LoRA: what lora.py calls ---
+
+
+def group_mm(layers, x, u, Bs):
+    """x [N, in] · Wᵀ + u [N, R] · Bᵀ of each layer -> [y [N, out] of each layer]
+
+    Bs: a B [out, R] a layer, or None for a layer without a LoRA: then its y is x · Wᵀ."""
+    if all_in_fp8(layers):
+        return fp8_group_mm(layers, x, u, Bs)
+    ys = []
+    for layer, B in zip(layers, Bs, strict=True):
+        if B is None:
+            y = layer.mm(x)
+        elif isinstance(layer, Frozen):
+            y = mm_and_lora(layer, x, u, B)
+        else:
+            y = layer.mm(x)
+            y = y + u @ B.t()
+        ys.append(y)
+    return ys
+
+
+def group_mm_t(layers, grads, du, A):
+    """The sum of the layers' g [N, out] · W, + du [N, R] · A [R, in] -> dx [N, in]. du may be None: then without."""
+    if all_in_fp8(layers):
+        return fp8_group_mm_t(layers, grads, du, A)
+    parts = []
+    for layer, g in zip(layers[:-1], grads[:-1], strict=True):
+        parts.append(layer.mm_t(g))
+    # du · A is one product for the whole group: it goes along with the last layer.
+    parts.append(last_mm_t(layers[-1], grads[-1], du, A))
+    return sum(parts[1:], start=parts[0])
+
+
+def last_mm_t(layer, g, du, A):
+    if du is None:
+        return layer.mm_t(g)
+    if isinstance(layer, Frozen):
+        return mm_t_and_lora(layer, g, du, A)
+    dx = layer.mm_t(g)
+    return dx + du @ A
+
+
+def all_in_fp8(layers):
+    return all(isinstance(layer, Frozen) and layer.fp8 for layer in layers)
+
+
+# --- skip at first reading: how the products of a LoRA ride along ---
+#
+# u · Bᵀ sums over R numbers only: as a product of its own its time goes into reading and writing y once more. Where
+# the compiler dequantises W for a product anyway, u becomes further columns of x, and B further columns of W:
+#
+#     [x u] [N, in + R] · [W B]ᵀ = x · Wᵀ + u · Bᵀ        [g du] [N, out + R] · [W above A] = g · W + du · A
+#
+# The copy of x pays only where x is narrower than y, and the copy of g only where g is narrower than dx.
+
+
+def mm_and_lora(layer, x, u, B):
+    """x [N, in] · Wᵀ + u [N, R] · Bᵀ -> [N, out]"""
+    if layer.fp8:
+        return fp8_group_mm([layer], x, u, [B])[0]
+    expands = layer.out_features > layer.in_features
+    if not (rides_along(layer) and expands and x.shape[0] > layer.few):
+        y = layer.mm(x)
+        return add(y, u, B.t())
+    W = layer.full(x.dtype)
+    xu = torch.cat((x, pad(u, 1)), 1)  # [N, in + R]
+    WB = torch.cat((W, pad(B, 1)), 1)  # [out, in + R]
+    return xu @ WB.t()
+
+
+def mm_t_and_lora(layer, g, du, A):
+    """g [N, out] · W + du [N, R] · A -> [N, in]"""
+    if layer.fp8:
+        return fp8_group_mm_t([layer], [g], du, A)
+    shrinks = layer.out_features < layer.in_features
+    if not (rides_along(layer) and shrinks):
+        dx = layer.mm_t(g)
+        return add(dx, du, A)
+    W = full_in_backward(layer, g.dtype)
+    g_du = torch.cat((g, pad(du, 1)), 1)  # [N, out + R]
+    WA = torch.cat((W, pad(A, 0)))  # [out + R, in]
+    return g_du @ WA
+
+
+def rides_along(layer):
+    return layer.compressed and torch.compiler.is_compiling()
+
+
+def pad(t, dim):
+    """Zeros behind dim 0 or 1 of t, up to a multiple of 128, the tile of a matmul: other widths cost a third of its
+    speed."""
+    missing = -t.shape[dim] % 128
+    if dim == 1:
+        return F.pad(t, (0, missing))
+    return F.pad(t, (0, 0, 0, missing))
+
+
+def add(y, u, B):
+    """y [N, out] + u [N, R] · B [R, out], in the memory of y in eager mode"""
+    if torch.compiler.is_compiling():
+        # torch 2.11: an in-place add inside an autograd function loses its gradient when compiled, so this returns a
+        # new tensor; the compiler makes the sum where it is used.
+        # tests/test_quant.py: test_compiled_products_are_the_eager_ones says whether it is still needed (on a CPU with
+        # torch 2.13 it is not).
+        return y + u @ B
+    return y.addmm_(u, B)
+
+
+def fp8_group_mm(layers, x, u, Bs):
+    """group_mm where every layer multiplies in e4m3: one product [N, in + R] · [in + R, out of all layers].
+
+    B takes the scales [out, 1] of W. What of B would be too large for those scales goes over to u."""
+    codes = torch.cat([e4m3_codes(layer) for layer in layers])  # [out of all, in]
+    scale = torch.cat([layer.scale for layer in layers])  # [out of all, 1]
+    B = torch.cat(zeros_for_none(layers, u, Bs))  # [out of all, R]
+    # Where y is the narrow one, a product of its own is cheaper: then the scale of x need not wait for u.
+    if x.shape[1] > 2 * len(scale):
+        x_codes, x_scale = fp8.to_e4m3(x)
+        y = fp8.scaled_mm(x_codes, x_scale, codes, scale, x.dtype)
         y = add(y, u, B.t())
-    elif (
-        torch.compiler.is_compiling()
-    ):  # _scaled_mm has no derivative: 2.11's compiler takes what an autograd function
-        y = (
-            y + 0 * x[:, :1]
-        )  # makes of it for a constant, and loses every gradient, but for a term in x
-    parts = y.split(
-        [layer.out_features for layer in layers], 1
-    )  # of the narrow ones (k, v) a copy: a view keeps all
-    return [part.clone() if 4 * part.shape[1] < y.shape[1] else part for part in parts]
+    else:
+        B = pad(B, 1).float() / scale
+        over = (B.abs().amax() / fp8.LARGEST).clamp(min=1)
+        B_codes = (B / over).to(torch.float8_e4m3fn)
+        u = pad(u, 1).float() * over
+        xu_codes, xu_scale = fp8.to_e4m3(x, u)
+        WB_codes = torch.cat((codes, B_codes), 1)  # [out of all, in + R]
+        y = fp8.scaled_mm(xu_codes, xu_scale, WB_codes, scale, x.dtype)
+        y = fp8.keep_gradient(y, x)
+    return split_outputs(y, layers)
 
 
-def fp8_mm_t(layers, grads, du=None, A=None):
-    """Sum of the layers' g [N, out] · W, + du [N, r] · A, one product likewise. The rows of W are summed over here,
-    so their scales go into g before its cast: the same codes serve both ways."""
-    codes, scales = zip(*(layer.e4m3(again=not layer.recomputed) for layer in layers))
-    pairs, width = list(zip(grads, scales)), layers[0].in_features
-    apart = du is not None and sum(map(len, scales)) > 2 * width
+def zeros_for_none(layers, u, Bs):
+    """Bs, with zeros [out, R] for a layer without a LoRA."""
+    filled = []
+    for layer, B in zip(layers, Bs, strict=True):
+        if B is None:
+            B = u.new_zeros(layer.out_features, u.shape[1])
+        filled.append(B)
+    return filled
+
+
+def split_outputs(y, layers):
+    """y [N, out of all layers] -> [y [N, out] of each layer]"""
+    parts = []
+    widths = [layer.out_features for layer in layers]
+    for part in y.split(widths, 1):
+        # A view would keep all of y: of the narrow ones (k, v) a copy.
+        if 4 * part.shape[1] < y.shape[1]:
+            part = part.clone()
+        parts.append(part)
+    return parts
+
+
+def fp8_group_mm_t(layers, grads, du, A):
+    """group_mm_t where every layer multiplies in e4m3: one product [N, out of all layers + R] · [out of all + R, in].
+
+    The rows of W and A are summed over, so their scales go into g and du before those are cast."""
+    codes = [e4m3_codes_in_backward(layer) for layer in layers]  # [out, in] each
+    scaled = []  # [N, out] each
+    for layer, g in zip(layers, grads, strict=True):
+        scaled.append(g.float() * layer.scale.t())
+    widths = sum(layer.out_features for layer in layers)
+    apart = widths > 2 * layers[0].in_features
     if du is not None and not apart:
-        A, a = to_e4m3(pad(A, 0))
-        pairs.append((pad(du, 1), a))
-        codes = *codes, A
-    g, scale_g = to_e4m3(*(g.float() * scale.t() for g, scale in pairs))
-    one = torch.ones(width, 1, device=g.device)
-    dx = scaled_mm(g, scale_g, torch.cat(codes).t().contiguous(), one, grads[0].dtype)
-    return add(dx, du, A) if apart else dx
+        A_codes, A_scale = fp8.to_e4m3(pad(A, 0))
+        codes.append(A_codes)
+        scaled.append(pad(du, 1).float() * A_scale.t())
+    g_codes, g_scale = fp8.to_e4m3(*scaled)
+    codes = torch.cat(codes)
+    dx = fp8.scaled_mm_t(g_codes, g_scale, codes, grads[0].dtype)
+    if du is not None and apart:
+        dx = add(dx, du, A)
+    return dx
 
 
-Frozen.group_mm, Frozen.group_mm_t = (
-    staticmethod(fp8_mm),
-    staticmethod(fp8_mm_t),
-)  # how lora.py finds them
+# --- skip at first reading: the few rows of sampling ---
+#
+# A decode step multiplies one row a text. Then a product takes the time of reading W, and cuBLAS, made for many rows,
+# is slower than that. A training batch as short as this must not take these ways: it would compile a graph of its own.
+
+FEW = 64  # rows
+
+
+def for_few_rows(model):
+    """For sampling: from here on, products of few rows use the small-batch kernels."""
+    for block in model.layers:
+        for _, layer in frozen_layers(block):
+            layer.few = FEW
+        attn = block.self_attn
+        if can_be_joined(block):
+            attn.project = Joined([attn.q_proj, attn.k_proj, attn.v_proj])
+
+
+def has_small_batch_kernel(layer, x):
+    """Whether mm_of_few_rows is the faster way for x [*, in]. Off a GPU there is no such kernel."""
+    if not (layer.few and x.is_cuda):
+        return False
+    if isinstance(layer, NF4):
+        return x.numel() <= layer.few * layer.in_features
+    one_row = x.numel() == layer.in_features
+    return isinstance(layer, Plain) and torch.compiler.is_compiling() and one_row
+
+
+def mm_of_few_rows(layer, x):
+    """x [*, in] · Wᵀ -> [*, out]"""
+    if isinstance(layer, NF4):
+        return nf4_rows(layer, x)
+    return one_row(layer.weight, x)
+
+
+def one_row(weight, x):
+    """x [*, in] of one row · Wᵀ. For one row the compiler's reduction is faster than cuBLAS."""
+    # The compiler computes what comes from a view again for each row of W; of as_strided it keeps the result.
+    row = x.as_strided(x.shape[-1:], (1,))  # [in]
+    W = weight.to(x.dtype).float()
+    products = W * row.float()  # [out, in], never in memory
+    y = products.sum(-1).to(x.dtype)
+    return in_shape_of(x, y)
+
+
+def nf4_rows(layer, x):
+    """x [*, in] · Wᵀ by the kernel of bitsandbytes that dequantises W as it reads W."""
+    # The rows go in as one matrix: rows with gaps between them would be a product each.
+    flat = x.flatten(0, -2)  # [N, in]
+    y = torch.ops.bitsandbytes.gemm_4bit(
+        flat,
+        layer.weight,
+        layer.shape,
+        layer.nested,
+        64,
+        "nf4",
+        absmax_8bit=layer.absmax,
+        absmax_code=layer.table,
+        absmax_offset=layer.offset,
+    )
+    return in_shape_of(x, y)
+
+
+def can_be_joined(block):
+    """Whether q, k and v can be one product: on a GPU, every layer of the block in NF4, and none with an adapter, as
+    an adapted half has lora.py's project."""
+    attn = block.self_attn
+    mlp = block.mlp
+    layers = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj]
+    layers += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if any(type(layer) is not NF4 for layer in layers):
+        return False
+    return attn.q_proj.weight.is_cuda and attn.q_proj.bias is None
+
+
+class Joined:
+    """The `project` of an attention half for sampling in NF4: few rows go through q, k and v in one product, because
+    the product of k alone takes little more than its launch.
+
+    The codes of the three layers lie end to end, and each layer's own codes become a view of them. The absmax values
+    are dequantised once, because each layer has an offset of its own."""
+
+    def __init__(self, layers):
+        self.codes = torch.cat([layer.weight for layer in layers])
+        self.rows = [layer.out_features for layer in layers]
+        self.absmax = torch.cat([layer.scales(layer.absmax) for layer in layers])
+        lengths = [len(layer.weight) for layer in layers]
+        parts = self.codes.split(lengths)
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight = frozen(part)
+
+    def __call__(self, x, layers):
+        many = x.numel() > layers[0].few * x.shape[-1]
+        if len(layers) < 3 or many:
+            return [layer(x) for layer in layers]
+        flat = x.flatten(0, -2)  # [N, in]
+        shape = (sum(self.rows), flat.shape[1])
+        y = torch.ops.bitsandbytes.gemm_4bit(flat, self.codes, shape, self.absmax, 64, "nf4")
+        return [in_shape_of(x, part) for part in y.split(self.rows, 1)]
+
+
+# --- skip at first reading: W once more in backward ---
+
+
+def decode_once(model):
+    """For a compiled block that backward computes again (--compile with --grad_ckpt): what forward dequantises there
+    serves the input gradient, too."""
+    for _, layer in frozen_layers(model):
+        layer.decoded_once = True
+
+
+def full_in_backward(layer, dtype):
+    """W [out, in] as layer.full(dtype) has it, but dequantised again, so that nothing of it is kept from forward."""
+    if layer.decoded_once or not isinstance(layer, NF4):
+        return layer.full(dtype)
+    # The compiler would see that forward dequantises the same codes, and keep the dequantised weight until backward.
+    # Flattened, they are other tensors to it.
+    codes = layer.weight.flatten()
+    absmax = layer.absmax.flatten()
+    return layer.dequantise(codes, absmax, dtype)
 
 
 # --- bitsandbytes, only where a flag needs it ---
+
+
 @functools.cache
 def bitsandbytes(device):
-    """torch.ops.bitsandbytes and the 256 values of the 8-bit format of absmax, one table for all layers; or an error
+    """(torch.ops.bitsandbytes, the 256 values of the 8-bit format of absmax: one table for all layers); or an error
     that says what is missing for this device."""
     instead = "use --quant none (or fp8) and --optim adamw, which do without"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"--quant nf4 and 8-bit optimizers need bitsandbytes (pip install bitsandbytes); {instead}."
         )
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.CRITICAL
-    )  # a machine without a GPU is no mistake
+    # bitsandbytes warns of a machine without a GPU, which is no mistake.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from bitsandbytes.cextension import lib
         from bitsandbytes.functional import create_dynamic_map
-    if device.type not in ("cuda", "cpu") or device.type == "cuda" and not lib.compiled_with_cuda:
+    without_cuda = device.type == "cuda" and not lib.compiled_with_cuda
+    if device.type not in ("cuda", "cpu") or without_cuda:
         raise UserError(
             f"bitsandbytes has no library for this {device.type} and torch {torch.__version__}; {instead}."
         )
