@@ -1,21 +1,21 @@
 """model.py: the same logits as transformers, fast paths equal to slow ones, a checkpoint that does not fit refused."""
 
+from cli import UserError
+
 import json
 import re
 import weakref
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.utils import logging
 
 import model as models
-from cli import UserError
+from speed import checkpoint, loss
 
 logging.disable_progress_bar()
 V = 96
@@ -140,13 +140,13 @@ def distance(a, b):
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
-def loss_and_gradients(model, ids, lengths, fused=True):
+def loss_and_gradients(model, ids, lengths, sum_loss=loss.chunked):
     model.zero_grad()
-    loss = models.sum_loss(
-        model(ids), model.lm_head.weight, *next_tokens(ids, lengths), fused=fused
-    )
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    total = sum_loss(model(ids), model.lm_head.weight, *next_tokens(ids, lengths))
+    total.backward()
+    # A wrapper around a block or a half of one is called inner.
+    grads = {n.replace(".inner", ""): p.grad.clone() for n, p in model.named_parameters()}
+    return total.detach(), grads
 
 
 def assert_same(got, wanted, rtol=1e-5):
@@ -175,8 +175,8 @@ def test_logits_equal_those_of_transformers(tmp_path, name, written):
         model = models.load(tmp_path)
         wanted = ref(ids).logits
         assert wanted.abs().max() > 1  # so that 1e-4 means something
-        for flash in (True, False):
-            model = models.load(tmp_path, flash=flash)
+        for attn in ("flash", "naive"):
+            model = models.load(tmp_path, attn=attn)
             torch.testing.assert_close(models.logits(model, model(ids)), wanted, rtol=0, atol=1e-4)
 
 
@@ -220,8 +220,8 @@ def test_weights_are_in_the_dtype_asked_for_or_as_stored(tiny, dtype, wanted):
 
 def test_residual_stream_has_the_dtype_of_the_model_whatever_the_weights_are_kept_in(tiny):
     """bf16 weights, fp32 arithmetic: as near to the fp32 model of the same rounded weights as fp32 is."""
-    kept, ids = models.load(tiny, dtype=torch.bfloat16, make_linear=cast_linear), tokens(2, 20)
-    kept.dtype = torch.float32
+    how = {"make_linear": cast_linear, "stream_dtype": torch.float32}
+    kept, ids = models.load(tiny, dtype=torch.bfloat16, **how), tokens(2, 20)
     rounded = models.load(tiny, dtype=torch.bfloat16).float()
     rounded.frequencies = models.rope_frequencies(rounded.cfg)
     with torch.no_grad():
@@ -244,18 +244,18 @@ ROWS = [30, 17, 2, 24]  # lengths; right padding fills the rest
 def test_naive_and_flash_attention_give_the_same_loss_and_gradients(tiny):
     ids = tokens(4, 30)
     assert_same(
-        loss_and_gradients(models.load(tiny, flash=True), ids, ROWS),
-        loss_and_gradients(models.load(tiny, flash=False), ids, ROWS),
+        loss_and_gradients(models.load(tiny, attn="flash"), ids, ROWS),
+        loss_and_gradients(models.load(tiny, attn="naive"), ids, ROWS),
     )
 
 
-@pytest.mark.parametrize("flash", [True, False])
-def test_checkpointing_changes_no_loss_and_no_gradient(tiny, flash):
-    ids, model, calls = tokens(4, 30), models.load(tiny, flash=flash), []
+@pytest.mark.parametrize("attn", ["flash", "naive"])
+def test_checkpointing_changes_no_loss_and_no_gradient(tiny, attn):
+    ids, model, calls = tokens(4, 30), models.load(tiny, attn=attn), []
     wanted = loss_and_gradients(model, ids, ROWS)
-    model.around = partial(checkpoint, use_reentrant=False)
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpoint.apply(models.places(model, halves=False), random=False)
     assert_same(loss_and_gradients(model, ids, ROWS), wanted)
     assert len(calls) == 2 * len(model.layers)  # each block once more in backward
 
@@ -266,10 +266,10 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(tiny, c
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, compiled = models.load(tiny), models.load(tiny)
-    if checkpointed:
-        compiled.around = partial(checkpoint, use_reentrant=False)
     for block in compiled.layers:
         block.compile(dynamic=True, fullgraph=True)
+    if checkpointed:
+        checkpoint.apply(models.places(compiled, halves=False), random=False)
     for B, T in ((5, 30), (5, 21), (2, 47), (3, 9)):
         ids, lengths = tokens(B, T), [T, T - 3, T - 1, 2, T][:B]
         assert_same(
@@ -278,12 +278,12 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(tiny, c
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("flash", [True, False])
-def test_a_padded_row_has_the_losses_it_has_alone(tiny, flash):
-    model, ids = models.load(tiny, flash=flash), tokens(4, 30)
+@pytest.mark.parametrize("attn", ["flash", "naive"])
+def test_a_padded_row_has_the_losses_it_has_alone(tiny, attn):
+    model, ids = models.load(tiny, attn=attn), tokens(4, 30)
     with torch.no_grad():
         together = models.logits(model, model(ids))
-        for row, n in zip(range(4), ROWS):
+        for row, n in zip(range(4), ROWS, strict=True):
             alone = models.logits(model, model(ids[row : row + 1, :n]))[0]
             losses = [
                 F.cross_entropy(x[: n - 1], ids[row, 1:n], reduction="none")
@@ -292,14 +292,14 @@ def test_a_padded_row_has_the_losses_it_has_alone(tiny, flash):
             torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("attn", ["flash", "naive"])
 @pytest.mark.parametrize("lengths", [[3, 7, 5], [1, 1, 1]])
-def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
+def test_cached_steps_equal_the_full_forward(tiny, attn, lengths):
     """Prompts of different lengths at once, then six tokens one by one, against each row alone and without a cache."""
-    model, more, T = models.load(tiny, flash=flash), 6, max(lengths)
+    model, more, T = models.load(tiny, attn=attn), 6, max(lengths)
     rows = [tokens(1, n + more, seed=n + i)[0] for i, n in enumerate(lengths)]
     prompts = torch.full((3, T), 5)
-    for i, (row, n) in enumerate(zip(rows, lengths)):
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
         prompts[i, :n] = row[:n]
     caches = models.new_caches(model, 3, T + more)
     with torch.no_grad():
@@ -308,7 +308,9 @@ def test_cached_steps_equal_the_full_forward(tiny, flash, lengths):
         for step in range(more):
             pos = torch.tensor([[n + step] for n in lengths])
             h = model(
-                torch.stack([row[n + step : n + step + 1] for row, n in zip(rows, lengths)]),
+                torch.stack(
+                    [row[n + step : n + step + 1] for row, n in zip(rows, lengths, strict=True)]
+                ),
                 pos,
                 caches,
             )
@@ -368,13 +370,15 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 40])
-@pytest.mark.parametrize("fused", [True, False])
-def test_loss_and_its_gradients_equal_torch_in_float64(fused, scale):
+@pytest.mark.parametrize("sum_loss", [loss.chunked, loss.plain])
+def test_loss_and_its_gradients_equal_torch_in_float64(sum_loss, scale):
     h, weight, where, targets = head_and_targets()
-    loss = models.sum_loss(h, weight, where, targets, scale, fused)
-    loss.backward()
+    total = sum_loss(h, weight, where, targets, scale)
+    total.backward()
     for got, wanted in zip(
-        (loss.detach(), h.grad, weight.grad), exact_loss(h, weight, where, targets, scale)
+        (total.detach(), h.grad, weight.grad),
+        exact_loss(h, weight, where, targets, scale),
+        strict=True,
     ):
         assert distance(got, wanted) < 1e-5
 
@@ -382,7 +386,7 @@ def test_loss_and_its_gradients_equal_torch_in_float64(fused, scale):
 def test_fused_loss_respects_what_the_caller_does_with_it():
     """A loss that is multiplied afterwards, as a loss scaler does, multiplies the gradients."""
     h, weight, where, targets = head_and_targets()
-    (models.sum_loss(h, weight, where, targets) * 64).backward()
+    (loss.chunked(h, weight, where, targets) * 64).backward()
     _, dh, dW = exact_loss(h, weight, where, targets, scale=64)
     assert distance(h.grad, dh) < 1e-5 and distance(weight.grad, dW) < 1e-5
 
@@ -390,15 +394,15 @@ def test_fused_loss_respects_what_the_caller_does_with_it():
 def test_fused_and_plain_loss_train_a_whole_model_alike(tiny):
     ids, model = tokens(4, 30), models.load(tiny)
     assert_same(
-        loss_and_gradients(model, ids, ROWS, fused=True),
-        loss_and_gradients(model, ids, ROWS, fused=False),
+        loss_and_gradients(model, ids, ROWS, loss.chunked),
+        loss_and_gradients(model, ids, ROWS, loss.plain),
     )
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_padding_and_prompts_do_not_reach_the_loss(fused):
+@pytest.mark.parametrize("sum_loss", [loss.chunked, loss.plain])
+def test_padding_and_prompts_do_not_reach_the_loss(sum_loss):
     h, weight, where, targets = head_and_targets()
-    models.sum_loss(h, weight, where, targets, fused=fused).backward()
+    sum_loss(h, weight, where, targets).backward()
     others = torch.ones(h.shape[0] * h.shape[1], dtype=torch.bool)
     others[where] = False
     assert h.grad.flatten(0, 1)[others].abs().max() == 0
@@ -412,12 +416,13 @@ def test_fused_loss_works_in_chunks_and_each_chunk_counts():
     with torch.no_grad():
         h[..., 0], weight[few:], weight[few:, 0] = 1, 0, -80
     with Largest() as largest:
-        loss = models.sum_loss(h, weight, where, targets % few, scale=0.5)
-        loss.backward()
+        total = loss.chunked(h, weight, where, targets % few, scale=0.5)
+        total.backward()
     assert largest.numel() <= 2**26 < N * vocab / 2
     for got, wanted in zip(
-        (loss.detach(), h.grad, weight.grad[:few]),
+        (total.detach(), h.grad, weight.grad[:few]),
         exact_loss(h, weight[:few], where, targets % few, scale=0.5),
+        strict=True,
     ):
         assert distance(got, wanted) < 1e-5
     assert weight.grad[few:].abs().max() < 1e-20
@@ -427,7 +432,7 @@ def test_plain_loss_holds_all_logits():
     """So the measure of the test above measures something."""
     h, weight, where, targets = head_and_targets()
     with Largest() as largest:
-        models.sum_loss(h, weight, where, targets, fused=False)
+        loss.plain(h, weight, where, targets)
     assert largest.numel() == 40 * V
 
 
@@ -435,7 +440,7 @@ def test_frozen_head_gets_no_gradient_and_none_is_computed():
     h, weight, where, targets = head_and_targets()
     weight.requires_grad_(False)
     with Largest() as largest:
-        models.sum_loss(h, weight, where, targets).backward()
+        loss.chunked(h, weight, where, targets).backward()
     assert weight.grad is None
     assert tuple(weight.shape) not in largest.shapes  # nothing of the gradient's size was ever made
     assert distance(h.grad, exact_loss(h, weight, where, targets)[1]) < 1e-5
@@ -445,21 +450,22 @@ def test_fused_loss_without_gradients_is_the_same_number():
     """Evaluation takes this path."""
     h, weight, where, targets = head_and_targets()
     with torch.no_grad():
-        loss = models.sum_loss(h, weight, where, targets)
-    assert distance(loss, exact_loss(h, weight, where, targets)[0]) < 1e-5
+        total = loss.chunked(h, weight, where, targets)
+    assert distance(total, exact_loss(h, weight, where, targets)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_loss_in_bf16_is_within_a_hundredth_of_float64(fused):
+@pytest.mark.parametrize("sum_loss", [loss.chunked, loss.plain])
+def test_loss_in_bf16_is_within_a_hundredth_of_float64(sum_loss):
     """bf16 keeps 8 bits: 1 / 256 a rounding. Logits are rounded once, the gradients of the logits once more."""
     h, weight, where, targets = head_and_targets(N=200, C=64, dtype=torch.bfloat16)
-    loss = models.sum_loss(h, weight, where, targets, scale=1 / 200, fused=fused)
-    loss.backward()
-    assert loss.dtype == torch.float32 and h.grad.dtype == weight.grad.dtype == torch.bfloat16
+    total = sum_loss(h, weight, where, targets, scale=1 / 200)
+    total.backward()
+    assert total.dtype == torch.float32 and h.grad.dtype == weight.grad.dtype == torch.bfloat16
     for got, wanted, rtol in zip(
-        (loss.detach(), h.grad, weight.grad),
+        (total.detach(), h.grad, weight.grad),
         exact_loss(h, weight, where, targets, 1 / 200),
         (2e-3, 1e-2, 1e-2),
+        strict=True,
     ):
         assert distance(got, wanted) < rtol
 
@@ -474,14 +480,16 @@ def test_make_linear_gets_each_linear_weight_of_the_blocks_once_and_the_model_ho
 
     def make_linear(name, tensor):
         assert name not in made
-        path, _, leaf = name.rpartition(".")
-        parent = "mlp" if leaf in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-        assert torch.equal(tensor, stored[f"model.{path}.{parent}.{leaf}.weight"])
+        assert torch.equal(tensor, stored[f"model.{name}.weight"])
         made[name] = models.plain_linear(name, tensor)
         return made[name]
 
     model = models.load(tiny, make_linear=make_linear)
-    assert set(made) == {f"layers.{i}.{leaf}" for i in range(2) for leaf in PROJECTIONS}
+    parents = 4 * ["self_attn"] + 3 * ["mlp"]
+    half_and_leaf = list(zip(parents, PROJECTIONS, strict=True))
+    assert set(made) == {
+        f"layers.{i}.{half}.{leaf}" for i in range(2) for half, leaf in half_and_leaf
+    }
     assert all(model.get_submodule(name) is layer for name, layer in made.items())
 
 
@@ -505,14 +513,14 @@ def test_biases_survive_the_replacement_of_their_layer(tmp_path, bias_first):
     stored = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     for kind, file in zip(
-        ("weight", "bias"), "ba" if bias_first else "ab"
+        ("weight", "bias"), "ba" if bias_first else "ab", strict=True
     ):  # files are read in the order of their names
         save_shard(
             tmp_path, f"{file}.safetensors", {k: v for k, v in stored.items() if k.endswith(kind)}
         )
     model = models.load(tmp_path)
-    for leaf, parent in zip(PROJECTIONS, 4 * ["self_attn"] + 3 * ["mlp"]):
-        layer = getattr(model.layers[1], leaf)
+    for leaf, parent in zip(PROJECTIONS, 4 * ["self_attn"] + 3 * ["mlp"], strict=True):
+        layer = getattr(getattr(model.layers[1], parent), leaf)
         assert torch.equal(layer.bias, stored[f"model.layers.1.{parent}.{leaf}.bias"])
         assert torch.equal(layer.weight, stored[f"model.layers.1.{parent}.{leaf}.weight"])
 
