@@ -1,5 +1,8 @@
 """The whole run on a tiny model: every flag flipped, every fast path against its slow one, stops, refusals."""
 
+import cli
+
+import functools
 import json
 import os
 import re
@@ -7,18 +10,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, made_recipes, make_model, program, write_jsonl
 from safetensors.torch import load_file
 
-import cli
 import data
+import lora
 import model as models
+import quant
+import text
 import train
+from recipes import Rules
+from speed import checkpoint, compiled, loss, offload, optim, precision
 
 
 @pytest.fixture
@@ -151,9 +159,9 @@ def test_accumulation_is_the_gradient_of_one_larger_batch(base, run, tmp_path, m
     """1 x 8 and 8 x 1 at the first step, with very different numbers of target tokens in the micro-batches."""
     norms = []
     monkeypatch.setattr(
-        train,
+        optim,
         "check_gradients",
-        lambda m, params: norms.append([p.grad.clone() for p in params.values()]),
+        lambda m, params, reached: norms.append([p.grad.clone() for p in params.values()]),
     )
     for n, flags in enumerate((["--batch_size", 8], ["--batch_size", 1, "--grad_accum", 8])):
         ok(
@@ -170,7 +178,7 @@ def test_accumulation_is_the_gradient_of_one_larger_batch(base, run, tmp_path, m
             )
         )
     largest = max(g.abs().max() for g in norms[0])
-    for a, b in zip(*norms):
+    for a, b in zip(*norms, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(largest))
 
 
@@ -197,9 +205,9 @@ def test_the_loss_that_is_logged_is_transformers_loss(
         val_recipes=8,
         cache=str(tmp_path / "cache"),
     )
-    _, held, _ = data.prepare(cfg, train.recipes.Rules(), tiny_model)
+    _, held, _ = data.prepare(cfg, Rules(), tiny_model)
     total = count = 0
-    for i in held.val:
+    for i in held.indices:
         ids = torch.tensor(held.ids(i))[None]
         with torch.no_grad():
             total += reference(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
@@ -291,11 +299,13 @@ def test_each_half_of_a_block_but_the_first_sends_its_input_away_and_back(
     base, run, tmp_path, monkeypatch, flags
 ):
     seen = []
-    monkeypatch.setattr(
-        train.plan.Offload,
-        "fetch",
-        lambda self, i, shape, f=train.plan.Offload.fetch: (seen.append(i), f(self, i, shape))[1],
-    )
+    fetch = offload.Offloader.fetch
+
+    def watched(self, number, shape):
+        seen.append(number)
+        return fetch(self, number, shape)
+
+    monkeypatch.setattr(offload.Offloader, "fetch", watched)
     ok(
         run(
             *base,
@@ -315,22 +325,17 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
     """After a forward pass no input of half a block is alive but the first, which is a leaf: autograd keeps leaves."""
     import weakref
 
-    import lora
-    import model as models
-
-    model = models.load(
-        make_model(tmp_path / "m", layers=4), make_linear=train.quant.make_linear("none")
-    )
+    make_linear = quant.make_linear("none")
+    model = models.load(make_model(tmp_path / "m", layers=4), make_linear=make_linear)
     lora.adapt(model, 4, 8)
-    around = train.partial(train.checkpoint, use_reentrant=False)
+    places = models.places(model, halves=True)
+    checkpoint.apply(places, random=False)
+    offload.apply(places, torch.device("cpu"))
     inputs = []
-
-    def watch(block, x, *args):
-        inputs.append(weakref.ref(x))
-        return offload(block, x, *args)
-
-    offload = train.plan.Offload(around, torch.device("cpu"))
-    model.around, model.halves = watch, True
+    for parent, name in places:
+        getattr(parent, name).register_forward_pre_hook(
+            lambda _, args: inputs.append(weakref.ref(args[0]))
+        )
     h = model(torch.arange(40)[None])
     assert [ref() is not None for ref in inputs] == [True] + [False] * 7, "still held"
     h.sum().backward()
@@ -351,20 +356,17 @@ def test_training_and_evaluation_share_the_graphs_of_a_block(base, run, tmp_path
 
 def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp_path, monkeypatch):
     """A planted overflow at step 3: the adapter stays as it was, the scale is halved, the next step trains."""
-    adapters, cat = [], train.torch.cat
+    adapters = []
     calls = []
-    code, out, err = run(*base, "--dtype", "fp16", "--out", tmp_path / "probe", "--max_steps", 1)
-    count = int(err.split(" trained parameters")[0].rsplit(" ", 1)[1].replace(",", ""))
+    clip = optim.clip
 
-    def plant(tensors, *args, **kwargs):
-        got = cat(tensors, *args, **kwargs)
-        if got.shape == (count,) and not got.requires_grad and len(tensors) > 1:
-            calls.append(got.norm())
-            if len(calls) == 4:  # the first builds the flat parameter, then one a step
-                got[5] = float("inf")
-        return got
+    def plant(trained, loss_scale, grad_clip):
+        calls.append(loss_scale)
+        if len(calls) == 3:
+            trained[0].grad[5] = float("inf")
+        return clip(trained, loss_scale, grad_clip)
 
-    monkeypatch.setattr(train.torch, "cat", plant)
+    monkeypatch.setattr(optim, "clip", plant)
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda self, *a: (adapters.append(1), step(self, *a))[1]
@@ -375,6 +377,7 @@ def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp
         err.count("is skipped") == 1 and "step 3 is skipped, the loss scale halved to 32768" in err
     )
     assert len(adapters) == 5
+    assert calls == [65536.0] * 3 + [32768.0] * 3
     assert [line["grad_norm"] is None for line in metrics(tmp_path / "out")[1:]] == [
         i == 2 for i in range(6)
     ]
@@ -383,21 +386,42 @@ def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp
     assert last["val_loss_after"] < last["val_loss_before"]
 
 
+def test_a_run_in_fp16_that_stops_before_its_first_step_keeps_its_loss_scale(
+    base, run, tmp_path, monkeypatch
+):
+    evaluate = train.evaluate
+
+    def signalled(job):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(job)
+
+    monkeypatch.setattr(train, "evaluate", signalled)
+    code, _, err = run(*base, "--dtype", "fp16", "--out", tmp_path / "out")
+    assert code == 143, err
+    assert json.loads((tmp_path / "out" / "state.json").read_text())["loss_scale"] == 65536
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    ok(run("--resume", "--out", tmp_path / "out"))
+    ok(run(*base, "--dtype", "fp16", "--out", tmp_path / "whole"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
 def test_fp16_gradients_are_scaled_before_they_are_cast(base, run, tmp_path, monkeypatch):
     """The gradient of a token among thousands, 1 / 8192 and less, would be a subnormal fp16 number, or zero."""
     seen = []
-    chunk = train.models.loss_chunk
-    monkeypatch.setattr(
-        train.models, "loss_chunk", lambda h, W, t, s: (seen.append(chunk(h, W, t, s)), seen[-1])[1]
-    )
+
+    def watched(*args):
+        seen.append(loss.one_chunk(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(loss, "chunked", functools.partial(loss.chunked, chunk=watched))
     ok(run(*base, "--dtype", "fp16", "--out", tmp_path / "out", "--max_steps", 1))
-    dz = next(dz for _, dz in seen if dz.requires_grad is False and float(dz.abs().max()) > 1)
+    dz = next(dz for _, dz in seen if float(dz.abs().max()) > 1)
     assert dz.dtype == torch.float16 and float((dz == 0).float().mean()) < 0.01
 
 
 def test_adamw8bit_stays_near_adamw(base, run, tmp_path):
-    for optim in ("adamw", "adamw8bit"):
-        ok(run(*base, "--out", tmp_path / optim, "--optim", optim))
+    for kind in ("adamw", "adamw8bit"):
+        ok(run(*base, "--out", tmp_path / kind, "--optim", kind))
     assert losses(tmp_path / "adamw8bit") == pytest.approx(losses(tmp_path / "adamw"), rel=2e-3)
     assert losses(tmp_path / "adamw8bit") != losses(tmp_path / "adamw")
 
@@ -429,7 +453,7 @@ def test_patience_stops_a_run_that_does_not_get_better(base, run, tmp_path):
 
 def test_best_is_the_adapter_of_the_best_evaluation(base, run, tmp_path, monkeypatch):
     values = iter([3.0, 1.0, 2.0, 1.5])
-    monkeypatch.setattr(train, "evaluate", lambda *a: next(values))
+    monkeypatch.setattr(train.quality, "held_out_loss", lambda *a: next(values))
     ok(run(*base, "--out", tmp_path / "out", "--eval_every", 2))
     facts = json.loads((tmp_path / "out" / "state.json").read_text())
     assert (facts["best_step"], facts["best_val"], facts["step"]) == (2, 1.0, 6)
@@ -470,17 +494,17 @@ def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(
         *more,
     ]
     ok(run(*flags, "--out", tmp_path / "whole"))
-    log = train.state.Run.log
+    log = train.Run.log
 
     def log_and_signal(self, line):
         log(self, line)
         if line["step"] == 5:  # an evaluation's step, in the middle of the first epoch (9 steps)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train.state.Run, "log", log_and_signal)
+    monkeypatch.setattr(train.Run, "log", log_and_signal)
     got, _, err = run(*flags, "--out", tmp_path / "cut")
     assert got == code and "--resume" in err
-    monkeypatch.setattr(train.state.Run, "log", log)
+    monkeypatch.setattr(train.Run, "log", log)
     ok(run("--resume", "--out", tmp_path / "cut"))  # its flags come from run.json
     assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
     for name in ("adapter_model.safetensors", "best/adapter_model.safetensors"):
@@ -529,9 +553,9 @@ def test_a_resume_may_go_further(base, run, tmp_path):
 
 def test_a_longer_resume_that_is_stopped_goes_on_as_it_was_asked(base, run, tmp_path, monkeypatch):
     ok(run(*base, "--out", tmp_path / "out"))
-    log = train.state.Run.log
+    log = train.Run.log
     monkeypatch.setattr(
-        train.state.Run,
+        train.Run,
         "log",
         lambda self, line: (
             log(self, line),
@@ -539,7 +563,7 @@ def test_a_longer_resume_that_is_stopped_goes_on_as_it_was_asked(base, run, tmp_
         ),
     )
     assert run("--resume", "--out", tmp_path / "out", "--max_steps", 12)[0] == 130
-    monkeypatch.setattr(train.state.Run, "log", log)
+    monkeypatch.setattr(train.Run, "log", log)
     ok(run("--resume", "--out", tmp_path / "out"))
     assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(13))
 
@@ -655,7 +679,7 @@ def test_a_mistake_gets_one_sentence(base, run, tmp_path, flags, word):
 
 
 def test_compile_without_a_compiler_is_told(base, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     code, _, err = run(*base, "--out", tmp_path / "out", "--compile")
     assert code == 2 and "--compile needs a C++ compiler" in err.splitlines()[-1]
 
@@ -664,15 +688,13 @@ def test_a_card_without_bf16_takes_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     cuda = torch.device("cuda")
-    assert train.plan.pick_dtype("auto", cuda)[:2] == (torch.float16, torch.float16)
+    assert precision.pick_dtype("auto", cuda)[:2] == (torch.float16, torch.float16)
     with pytest.raises(cli.UserError, match="Tesla T4 has no bf16; use --dtype fp16"):
-        train.plan.pick_dtype("bf16", cuda)
+        precision.pick_dtype("bf16", cuda)
 
 
 def test_all_weights_are_not_trained_in_fp16_on_an_older_card(base, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        train.plan, "pick_dtype", lambda name, device: (torch.float16, torch.float16, "a T4")
-    )
+    monkeypatch.setattr(precision, "best_dtype", lambda device, native: "fp16")
     code, _, err = run(
         *base, "--out", tmp_path / "out", "--lora_r", 0, "--max_steps", 1, "--dtype", "auto"
     )
@@ -695,7 +717,7 @@ def test_a_run_may_not_be_its_own_base(base, run, tmp_path):
 
 
 def test_two_processes_on_one_folder(base, run, tmp_path):
-    held = train.state.Run(tmp_path / "out", resume=False)
+    held = train.Run(tmp_path / "out", resume=False)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "another process" in err
     assert held.folder.exists()
@@ -708,18 +730,18 @@ def test_a_heap_smaller_than_a_batch_trains_and_says_so(base, run, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(base, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.models, "sum_loss", lambda h, *a, **k: h.sum() * float("nan"))
+    monkeypatch.setattr(loss, "chunked", lambda h, *a, **k: h.sum() * float("nan"))
     monkeypatch.setattr(train, "evaluate", lambda *a: 1.0)
-    monkeypatch.setattr(train, "check_gradients", lambda *a: None)
+    monkeypatch.setattr(optim, "check_gradients", lambda *a: None)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "the loss is nan at step 1" in err
 
 
 def test_a_lora_that_gets_no_gradient_is_found(base, run, tmp_path, monkeypatch):
     """The classic: one layer is left out of the graph and nobody notices."""
-    project = train.lora.project
+    project = lora.project
     monkeypatch.setattr(
-        train.lora,
+        lora,
         "project",
         lambda x, layers: project(x, layers) if len(layers) > 1 else [layers[0].base(x)],
     )
@@ -731,14 +753,14 @@ def test_out_of_memory_says_which_flags_help(base, run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(train.models, "sum_loss", full)
+    monkeypatch.setattr(loss, "chunked", full)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "--grad_ckpt" in err and "Traceback" not in err
 
 
 def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
     """The second save fails half-way: the first is still whole, and a resume goes on from it."""
-    save_file, calls = train.state.save_file, []
+    save_file, calls = safetensors.torch.save_file, []
 
     def full_later(tensors, path, metadata=None):
         calls.append(path)
@@ -747,10 +769,10 @@ def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(train.state, "save_file", full_later)
+    monkeypatch.setattr(safetensors.torch, "save_file", full_later)
     code, _, err = run(*base, "--out", tmp_path / "out", "--save_every", 2, "--eval_every", 100)
     assert code == 1 and "No space left" in err and "Traceback" not in err
-    monkeypatch.setattr(train.state, "save_file", save_file)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     assert not list((tmp_path / "out").rglob("*.part"))
     ok(run("--resume", "--out", tmp_path / "out", "--save_every", 50))
 
@@ -759,54 +781,45 @@ def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def heap(tiny_model, tmp_path):
-    """(model, heap of 24 recipes, text), fp32."""
-    cfg = data.Data(
-        data=[str(write_jsonl(tmp_path / "r.jsonl", made_recipes(24)))],
-        cache=str(tmp_path),
-        clean=False,
-    )
-    text = data.Text(tiny_model)
-    return (
-        models.load(tiny_model),
-        data.Heap(data.tokenise([Path(cfg.data[0])], cfg, None, text)),
-        text,
-    )
+def dataset(tiny_model, tmp_path):
+    """24 recipes of very different lengths."""
+    file = write_jsonl(tmp_path / "r.jsonl", made_recipes(24))
+    cfg = data.Data(data=[str(file)], cache=str(tmp_path), clean=False)
+    source = text.TokenFile(text.tokenise([file], cfg, None, text.Text(tiny_model)))
+    return data.Dataset(source, source.rows, source.account, np.arange(len(source.rows)))
 
 
-def recipe_losses(model, heap, text, batches, budget):
+def recipe_losses(model, dataset, batches, budget):
     """{recipe: mean loss of its targets} of batches, whatever their layout."""
     found = {}
     for rows in batches:
-        batch = data.collate(heap, rows, False, budget)
+        batch = data.collate(dataset, rows, False, budget)
         h = model(batch.ids, cu_seqlens=batch.cu_seqlens).flatten(0, 1)[batch.where]
         each = F.cross_entropy(F.linear(h, model.lm_head.weight), batch.targets, reduction="none")
-        counts = [len(heap.recipe(i)[1]) for i in rows]
-        found |= {int(i): part.mean().item() for i, part in zip(rows, each.split(counts))}
+        counts = [len(dataset.recipe(i)[1]) for i in rows]
+        for i, part in zip(rows, each.split(counts), strict=True):
+            found[int(i)] = part.mean().item()
     return found
 
 
-@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("attn", ["naive", "flash"])
 @torch.no_grad()
-def test_packed_sorted_and_alone_every_recipe_has_the_same_loss(heap, flash):
-    model, rows, text = heap
-    for block in model.layers:
-        block.flash = flash
-    lengths = rows.lengths(slice(None))
-    alone = recipe_losses(model, rows, text, [[i] for i in range(24)], 0)
+def test_packed_sorted_and_alone_every_recipe_has_the_same_loss(tiny_model, dataset, attn):
+    model = models.load(tiny_model, attn=attn)
+    lengths = dataset.lengths(slice(None))
+    alone = recipe_losses(model, dataset, [[i] for i in range(24)], 0)
     for batching, budget in (("sorted", 0), ("packed", 1024)):
         cfg = data.Data(batching=batching, batch_size=5, batch_tokens=budget)
         batches = [b for step in data.plan(lengths, cfg, 0) for b in step]
-        assert recipe_losses(model, rows, text, batches, cfg.budget) == pytest.approx(
-            alone, rel=1e-5
-        )
+        each = recipe_losses(model, dataset, batches, cfg.budget)
+        assert each == pytest.approx(alone, rel=1e-5)
 
 
 @torch.no_grad()
-def test_a_neighbours_tokens_do_not_change_a_packed_recipe_at_all(heap):
-    model, rows, _ = heap
-    batch = data.collate(rows, [3, 5, 8], False, 1024)
-    first, second = (int(rows.rows["length"][i]) - 1 for i in (3, 5))
+def test_a_neighbours_tokens_do_not_change_a_packed_recipe_at_all(tiny_model, dataset):
+    model = models.load(tiny_model)
+    batch = data.collate(dataset, [3, 5, 8], False, 1024)
+    first, second = (int(dataset.rows["length"][i]) - 1 for i in (3, 5))
     before = model(batch.ids, cu_seqlens=batch.cu_seqlens)
     batch.ids[0, :first] = (batch.ids[0, :first] + 7) % 256
     batch.ids[0, first + second :] = (batch.ids[0, first + second :] + 7) % 256
