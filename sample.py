@@ -6,35 +6,36 @@
     python sample.py --model org/name --prompt "Once upon"  # no run: a base model as it is
     python sample.py --eval 32                              # base and run side by side on held-out titles
 
-Follow one token: `Writer.read` takes prompts into free rows in one pass, `Writer.step` feeds the last token of every
-row to the model, which looks at the keys and values cached before, `pick` chooses the next, and `write` hands out what
-is finished and fills its row anew.
+This file says what is asked, of which model, and prints what comes. How a text is written, token by token, is in
+generate.py; what is counted by --eval is in quality.py.
 """
+
+import cli
+from cli import UserError, say
 
 import gc
 import json
 import math
 import re
 import time
-from collections import Counter, deque
 from dataclasses import dataclass, fields, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tokenizers.decoders import DecodeStream
 
-import cli
-import convert
 import data
 import lora
-import model as models
-import plan
+import quality
 import quant
 import recipes
-import state
-from cli import UserError, say
+from files import disk, hub
+from files.run import read_run
+from generate import Engine, Sampling, Scheduler
+from speed import compiled, precision
+from speed.loss import chunked
+from text import IDS, Text
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Config:
 
 
 def check(cfg):
+    """Flags out of range, or that exclude each other, said before anything is loaded."""
     cli.bound(
         cfg,
         num_samples=(1, 10**6),
@@ -81,7 +83,8 @@ def check(cfg):
         batch_size=1,
         seed=(0, 2**63),
     )
-    if sum(map(bool, (cfg.title, cfg.prompt, cfg.prompts, cfg.eval))) > 1:
+    given = [flag for flag in (cfg.title, cfg.prompt, cfg.prompts, cfg.eval) if flag]
+    if len(given) > 1:
         raise UserError("--title, --prompt, --prompts and --eval exclude each other.")
     if cfg.ingredients and not cfg.title:
         raise UserError("--ingredients needs --title: a recipe's text begins with its title.")
@@ -89,475 +92,418 @@ def check(cfg):
         raise UserError("--chat needs --prompt or --prompts: what the user says.")
 
 
-# --- choosing a token ---
-def noise_key(seed, prompt, n):
-    """The noise of a text depends on (seed, prompt, number of the sample) alone: a batch around it changes nothing."""
-    return int.from_bytes(
-        blake2b(f"{seed} {n} {list(prompt)}".encode(), digest_size=8).digest(), "big", signed=True
+def sampling(cfg):
+    """The part of Config that generate.py takes."""
+    return Sampling(
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        compile=cfg.compile,
     )
 
 
-def noise(keys, pos, V):
-    """Gumbel noise [B, V] as a pure function of keys [B], pos [B] and the column: the numbers of splitmix64 (Steele et
-    al. 2014), which any device makes alike. The largest of logit + noise is a draw from the softmax."""
-    x = (
-        keys[:, None]
-        + (pos[:, None] * V + torch.arange(V, device=keys.device)) * -0x61C8864680B583EB
-    )
-    for shift, factor in (30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15):
-        x = (
-            x ^ (x >> shift & (1 << 64 - shift) - 1)
-        ) * factor  # >> of an int64 keeps its sign: the mask takes it off
-    u = (
-        (x >> 41 & 2**23 - 1) + 0.5
-    ) / 2**23  # the best mixed 23 bits; with the half exact in fp32, so never 0 or 1
-    return -(-u.log()).log()
+# --- what is asked ---
 
 
-def keep_likely(logits, top_k, top_p, min_p):
-    """logits [B, V] with all but the likeliest at -inf: the top_k; of those the fewest that together reach top_p; of
-    those what has min_p of the largest probability. What is exactly as likely as the last that stays, stays too."""
-    best = logits.topk(min(top_k or 2**31, logits.shape[-1])).values  # [B, k], falling
-    p = best.softmax(-1)
-    keep = (p.cumsum(-1) - p < (top_p if top_p < 1 else 2)) & (
-        p >= min_p * p[:, :1]
-    )  # a sum may round to above 1
-    return logits.masked_fill(
-        logits < best.gather(-1, (keep.sum(-1, keepdim=True) - 1).clamp(0)), float("-inf")
-    )
+@dataclass
+class Asked:
+    """One text to write."""
+
+    ids: list[int]  # what the model goes on from
+    shown: str  # the same, for people
+    number: int  # which sample of its prompt
 
 
-def pick(logits, cfg, keys, pos, seen):
-    """Next token of each row, [B], from logits [B, V]; seen [B, V]: what the row holds already."""
-    logits, V = logits.float(), logits.shape[-1]
-    if (r := cfg.repetition_penalty) != 1:
-        logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
-    if cfg.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / cfg.temperature
-    if 0 < cfg.top_k < V or cfg.top_p < 1 or cfg.min_p:
-        logits = keep_likely(logits, cfg.top_k, cfg.top_p, cfg.min_p)
-    return (logits + noise(keys, pos, V)).argmax(-1)
-
-
-# --- writing ---
-class Writer:
-    """B texts at a time, in rows of S positions. Token, position, noise and cache of a row are in tensors that stay
-    where they are: a step has one shape and waits for nobody, so it can be one CUDA graph."""
-
-    @torch.no_grad()
-    def __init__(self, model, prompts, cfg):
-        V, window, longest = (
-            model.cfg.vocab_size,
-            model.cfg.max_position_embeddings,
-            max(map(len, prompts)),
+def all_asked(cfg, text, info):
+    """Every text to write, num_samples for each prompt, in the order of the prompts."""
+    rows = prompt_rows(cfg, info)
+    # bytes of the command line that are no UTF-8 arrive as lone surrogates
+    if re.search("[\ud800-\udfff]", json.dumps(rows, ensure_ascii=False)):
+        raise UserError(
+            "a prompt holds a lone surrogate, or bytes that are no UTF-8: no tokenizer takes it."
         )
-        if longest >= window:
-            raise UserError(
-                f"a prompt has {longest} tokens, the model's window {window}: shorten it."
-            )
-        self.model, self.cfg, self.device, self.new = model, cfg, model.lm_head.weight.device, ()
-        self.B, self.S = B, _ = (
-            min(cfg.batch_size, len(prompts)),
-            min(window, longest + cfg.max_new_tokens),
-        )
-        self.token, self.pos, self.keys = (
-            torch.zeros(B, dtype=torch.long, device=self.device) for _ in range(3)
-        )
-        self.seen = torch.zeros(B, V, dtype=torch.bool, device=self.device)
-        self.rows, self.caches = (
-            torch.arange(B, device=self.device),
-            models.new_caches(model, B, self.S),
-        )
-        if cfg.compile:
-            began = time.time()
-            for block in model.layers:
-                block.compile(dynamic=False)
-            self.choose = torch.compile(self.choose, dynamic=False)
-            self.step()
-            self.step()  # a first call may still have set something up
-            self.step = self.record(self.step) or self.step
-            say("compile", f"{time.time() - began:.1f} s, for {B} row(s) of {self.S} positions")
-
-    def record(self, work):  # as one CUDA graph, where there are any
-        if self.cfg.compile and self.device.type == "cuda":
-            with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
-                work()
-            return graph.replay
-
-    @torch.compiler.set_stance("force_eager")  # each length would be a graph
-    def read(self, rows, prompts, numbers):
-        """Take a prompt (token ids) into each of these rows and choose its first new token, all in one pass."""
-        T = min(self.S, -(-max(map(len, prompts)) // 16) * 16)
-        ids = [p + p[-1:] * (T - len(p)) for p in prompts]  # no token sees what follows it
-        keys = [noise_key(self.cfg.seed, p, n) for p, n in zip(prompts, numbers)]
-        new = [
-            torch.tensor(x, device=self.device) for x in (ids, rows, [*map(len, prompts)], keys)
-        ]  # [n, T], then [n]
-        if [x.shape for x in new] != [x.shape for x in self.new]:
-            self.new, self.replay = new, None
-        elif not self.replay:  # the shape of the pass before
-            self.replay = self.record(self.take)
-        torch._foreach_copy_(self.new, new)
-        (self.replay or self.take)()
-
-    def take(self):  # what `read` has put into self.new
-        ids, rows, ends, keys = self.new
-        h = self.model(ids, caches=[models.Cache(c.k, c.v, rows) for c in self.caches])
-        self.pos[rows], self.keys[rows] = ends, keys
-        self.seen[rows] = torch.zeros_like(self.seen[rows]).scatter_(1, ids, True)
-        self.choose(h[self.rows[: len(rows)], ends - 1], rows)
-
-    def step(self):  # one more token for every row
-        h = self.model(self.token[:, None], self.pos[:, None], self.caches)[:, 0]
-        self.pos.add_(1).clamp_(
-            max=self.S - 1
-        )  # a row that nobody reads any more stays in its place
-        self.choose(h, self.rows)
-
-    def choose(self, h, rows):  # h [n, C]
-        logits = models.logits(self.model, h)
-        self.token[rows] = token = pick(
-            logits, self.cfg, self.keys[rows], self.pos[rows], self.seen[rows]
-        )
-        self.seen[rows, token] = token >= 0  # yes; a plain True would come from the host
-
-    def keep(self, rows):  # go on with these only
-        self.token, self.pos, self.keys, self.seen = (
-            x[rows] for x in (self.token, self.pos, self.keys, self.seen)
-        )
-        self.rows, self.B = self.rows[: len(rows)], len(rows)
-        self.caches = [models.Cache(c.k[rows], c.v[rows], self.rows) for c in self.caches]
-
-    def send(self):
-        """A function that waits for the tokens chosen last, on their way to the host beside what runs next."""
-        if self.device.type != "cuda":
-            return self.token.tolist
-        host, sent = (
-            self.token.to("cpu", non_blocking=True),
-            torch.cuda.current_stream().record_event(),
-        )
-        return lambda: sent.synchronize() or host.tolist()
+    asked = []
+    for row in rows:
+        ids, shown = beginning(text, row, cfg.chat)
+        if not ids:
+            raise UserError("a prompt is empty, and this model has no BOS token to begin with.")
+        asked += [Asked(ids, shown, n) for n in range(cfg.num_samples)]
+    return asked
 
 
-@torch.no_grad()
-def write(writer, prompts, ends, numbers=None, on_token=lambda i, token: None):
-    """Go on from each prompt until one of `ends`. Yields (index of the prompt, new ids without the end token, ended) as
-    texts are finished; the longest prompts are begun first, and a free row takes the next. numbers: which sample of its
-    prompt each is. on_token(index, id) is called as tokens come: on a GPU one step behind, which never waits for it."""
-    cfg, numbers = writer.cfg, numbers or [0] * len(prompts)
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    few, slots, out, sent, lag = (
-        max(1, writer.B // 8),
-        [None] * writer.B,
-        {},
-        deque(),
-        writer.device.type == "cuda",
-    )
-
-    def settle(whose):  # send what was chosen for these prompts, and take what has come
-        sent.append((writer.send(), whose))
-        while len(sent) > lag:
-            tokens, whose = sent.popleft()
-            for token, i in filter(
-                lambda pair: pair[1] in out, zip(tokens(), whose)
-            ):  # others finished a step ago
-                if not (ended := token in ends):
-                    out[i].append(token)
-                    on_token(i, token)
-                if ended or len(out[i]) == min(cfg.max_new_tokens, writer.S - len(prompts[i])):
-                    slots[slots.index(i)] = None
-                    yield i, out.pop(i), ended
-
-    while waiting or out:
-        free = [row for row, i in enumerate(slots) if i is None]
-        if waiting and len(free) >= min(len(waiting), few):  # all others wait: for several at once
-            most = min(
-                few if out else writer.B, max(1, 8192 // len(prompts[waiting[-1]]))
-            )  # tokens of a pass: memory
-            new = {row: waiting.pop() for row in free[: min(most, len(waiting))]}
-            out |= {i: [] for i in new.values()}
-            slots = [new.get(row, i) for row, i in enumerate(slots)]
-            writer.read(
-                list(new), [prompts[i] for i in new.values()], [numbers[i] for i in new.values()]
-            )
-            yield from settle([new.get(row) for row in range(writer.B)])
-        elif (
-            not waiting and not cfg.compile and 2 * len(free) >= writer.B
-        ):  # half of the work would be for nobody
-            writer.keep(busy := [row for row, i in enumerate(slots) if i is not None])
-            slots = [slots[row] for row in busy]
-        writer.step()
-        yield from settle(list(slots))
-
-
-def generate(model, prompts, ends, numbers=None, **how):
-    """Go on from each prompt, all at once. -> [new ids, without the end token], [ended]; how: fields of Config."""
-    writer = Writer(model, prompts, Config(**{"batch_size": len(prompts), **how}))
-    _, texts, ended = map(list, zip(*sorted(write(writer, prompts, ends, numbers))))
-    return texts, ended
-
-
-# --- what is asked, and of whom ---
-def beginning(text, row, chat=False):
-    """(token ids, shown text) of what a model is to go on from: {"prompt"}, or {"title", "ingredients"}: a recipe's
-    beginning, up to the number of the first step. chat: of the template's, where it is the assistant's turn."""
-    if "prompt" in row and chat:
-        try:
-            pieces = text.chat([{"role": "user", "content": row["prompt"]}], ask=True)
-        except recipes.BadRow as why:
-            raise UserError(f"--chat: {why}.") from None
-        return [t & (data.PROMPT - 1) for t in text.tokens([pieces])[0]], row["prompt"]
-    if "prompt" in row:
-        return text.prompt(row["prompt"]), row["prompt"]
-    items = row.get("ingredients", "")
-    items = [
-        i.strip() for i in (items.split(",") if isinstance(items, str) else items) if i.strip()
-    ]
-    begin = (
-        "\n\nIngredients:\n" + "".join(f"- {i}\n" for i in items) + "\nDirections:\n1."
-        if items
-        else ""
-    )
-    return text.prompt(row["title"], begin), row["title"] + begin
+def prompt_rows(cfg, info):
+    """[{"prompt"} or {"title", "ingredients"}], as the flags name them; with none of these a held-out title."""
+    if cfg.prompts:
+        return read_prompts(cfg.prompts)
+    if cfg.prompt:
+        return [{"prompt": cfg.prompt}]
+    titles = info["titles"] if info else ["Pumpkin Bread"]
+    title = cfg.title or titles[cfg.seed % len(titles)]
+    return [{"title": title, "ingredients": cfg.ingredients}]
 
 
 def read_prompts(path):
     """The rows of a file: a free prompt a line, or a JSON object with prompt, or title and ingredients."""
-    rows, n = [], 0
     try:
-        for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line := line.rstrip("\r") if line.strip() else "":
-                rows.append(
-                    row := json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
-                )
-                "".join(
-                    [
-                        row["prompt"] if "prompt" in row else row["title"],
-                        *row.get("ingredients", ""),
-                    ]
-                )  # all texts
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompts {path} cannot be read ({e}).") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(
-            f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e!r})."
-        ) from None
+
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(read_prompt(line.rstrip("\r")))
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(
+                f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e!r})."
+            ) from None
     if not rows:
         raise UserError(f"--prompts {path} holds no prompt.")
     return rows
 
 
+def read_prompt(line):
+    if not line.lstrip().startswith("{"):
+        return {"prompt": line}
+    row = json.loads(line)
+    first = row["prompt"] if "prompt" in row else row["title"]
+    # To join them fails where one is no text.
+    "".join([first, *row.get("ingredients", "")])
+    return row
+
+
+def beginning(text, row, chat=False):
+    """(token ids, shown text) of what a model is to go on from.
+
+    row: {"prompt"}, or {"title", "ingredients"}: a recipe's beginning, up to the number of the first step. chat: the
+    prompt is a user's turn, and the beginning ends where it is the assistant's."""
+    if "prompt" not in row:
+        completion = recipe_beginning(row.get("ingredients", ""))
+        return text.prompt(row["title"], completion), row["title"] + completion
+    if chat:
+        return chat_ids(text, row["prompt"]), row["prompt"]
+    return text.prompt(row["prompt"]), row["prompt"]
+
+
+def recipe_beginning(ingredients):
+    """What stands between a title and the first step. ingredients: a list, or a text with commas"""
+    if isinstance(ingredients, str):
+        ingredients = ingredients.split(",")
+    items = [item.strip() for item in ingredients if item.strip()]
+    if not items:
+        return ""
+    lines = "".join(f"- {item}\n" for item in items)
+    return f"\n\nIngredients:\n{lines}\nDirections:\n1."
+
+
+def chat_ids(text, prompt):
+    """The ids of a user's turn in the model's own template."""
+    turn = {"role": "user", "content": prompt}
+    try:
+        pieces = text.chat([turn], ask=True)
+    except recipes.BadRow as why:
+        raise UserError(f"--chat: {why}.") from None
+    (marked,) = text.tokens([pieces])
+    return [token & IDS for token in marked]
+
+
+# --- who is asked ---
+
+
+@dataclass
+class Source:
+    """Where a model comes from."""
+
+    base: Path  # folder of a whole model
+    run: Path | None = None  # folder of the run
+    info: dict | None = None  # run.json
+    adapter: Path | None = None  # the run's folder, where it trained an adapter
+
+
+def find(cfg):
+    """The Source that --run and --model name."""
+    cache = disk.cache_folder(cfg.cache)
+    if cfg.model and not cfg.run:
+        return Source(hub.resolve(cfg.model, cache))
+
+    run = Path(cfg.run or "out")
+    info = read_run(run)
+    if (run / "model.safetensors").exists():  # all weights were trained
+        return Source(run, run, info)
+    base = hub.resolve(cfg.model or info["config"]["model"], cache)
+    if disk.fingerprint(base) != info["base_fingerprint"]:
+        raise UserError(
+            f"{base} is not what {run} was trained on: it has changed. Name the right one with --model."
+        )
+    return Source(base, run, info, adapter=run)
+
+
 def load(cfg):
     """(model, Text, run.json or None) of a run with its base, or of a base alone."""
-    device, began = plan.pick_device(cfg.device), time.time()
-    kept, compute, why = plan.pick_dtype(cfg.dtype, device)
-    folder = Path(cfg.run or "out")
-    info = state.read_run(folder) if cfg.run or not cfg.model else None
-    full = info and (folder / "model.safetensors").exists()
-    base = (
-        folder
-        if full
-        else convert.resolve(
-            cfg.model or (info["config"]["model"] if info else ""), data.cache_folder(cfg)
-        )
-    )
-    if (adapted := info and not full) and state.fingerprint(base) != info["base_fingerprint"]:
-        raise UserError(
-            f"{base} is not what {folder} was trained on: it has changed. Name the right one with --model."
-        )
-    if cfg.merge and not adapted:
+    device = precision.pick_device(cfg.device)
+    began = time.time()
+    kept, compute, why = precision.pick_dtype(cfg.dtype, device)
+    source = find(cfg)
+    if cfg.merge and source.adapter is None:
         raise UserError("--merge: there is no adapter here to add to the weights; leave it out.")
     if cfg.compile:
-        plan.start_compiler()
-    make = quant.make_linear(cfg.quant)
-    make, left = lora.merging(folder, make) if cfg.merge else (make, {})
-    model = models.load(base, device, kept, make)
-    model.dtype = (
-        torch.float32
-    )  # the residual stream: costs a writer nothing, and less is rounded off
-    model.apply(lambda m: isinstance(m, models.RMSNorm) and setattr(m, "dtype", compute))
-    if left:
-        raise UserError(f"the adapter's {next(iter(left))} has no place in {base}.")
-    if adapted and not cfg.merge:
-        lora.load(model, folder)
-    quant.for_writing(model)
-    model.requires_grad_(False).eval()
+        compiled.start_compiler()
+
+    model = lora.load_model(
+        source.base,
+        device,
+        kept,
+        quant.make_linear(cfg.quant),
+        adapter=source.adapter,
+        merge=cfg.merge,
+        # A residual stream in fp32 costs nothing where few rows are written, and less is rounded off.
+        stream_dtype=torch.float32,
+        product_dtype=compute,
+    )
+    quant.for_few_rows(model)
+    model.requires_grad_(requires_grad=False).eval()
+
+    taken = time.time() - began
     gb = sum(p.nbytes for p in model.parameters()) / 1e9  # a tied head counts once
-    how = (
-        f" + {folder}" * bool(info)
-        + ", merged" * cfg.merge
-        + f", linears in {cfg.quant}" * (cfg.quant != "none")
-    )
+    name = described(cfg, source)
+    dtype = str(kept).removeprefix("torch.")
+    say("model", f"{name}, {gb:.2f} GB on {device} in {taken:.1f} s; {dtype} ({why})")
+    if source.run is not None:
+        say_if_not_best(source.run)
+    return model, Text(source.base), source.info
+
+
+def described(cfg, source):
+    """A model's name on its receipt."""
+    name = source.base.name
+    if source.run is not None:
+        name += f" + {source.run}"
+    if cfg.merge:
+        name += ", merged"
+    if cfg.quant != "none":
+        name += f", linears in {cfg.quant}"
+    return name
+
+
+def say_if_not_best(run):
+    """A run's folder holds its last step; say so where an earlier one was better."""
+    path = run / "state.json"
+    if not path.exists():
+        return
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    step = facts["step"]
+    best = facts["best_step"]
+    if best < step:
+        say("note", f"this is step {step}, the best was {best}: --run {run}/best")
+
+
+# --- the answer ---
+
+
+class Stream:
+    """One text on stdout as it comes, a piece once its bytes are whole characters."""
+
+    def __init__(self, text, prompt):
+        self.tokenizer = text.tokenizer
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        # A tokenizer may take the space off the first token it decodes, so it is shown the prompt.
+        for token in prompt:
+            self.decoder.step(self.tokenizer, token)
+
+    def add(self, token):
+        piece = self.decoder.step(self.tokenizer, token)
+        print(piece or "", end="", flush=True)
+
+
+def answer(cfg):
+    """Write what is asked for: one text as it comes, or all in the order of their prompts."""
+    model, text, info = load(cfg)
+    asked = all_asked(cfg, text, info)
+    prompts = [one.ids for one in asked]
+    numbers = [one.number for one in asked]
+    stream = None
+    if len(asked) == 1 and not cfg.json:
+        stream = Stream(text, prompts[0])
+    engine = Engine(model, prompts, sampling(cfg))
+
+    began = time.time()
+    times = []  # at which each token came
+
+    def on_token(i, token):
+        times.append(time.time())
+        if stream is not None:
+            stream.add(token)
+
+    texts = Scheduler(engine, prompts, text.ends, numbers, on_token)
+    if stream is not None:
+        replies = stream_one(cfg, text, asked, texts)
+    else:
+        replies = print_all(cfg, text, asked, texts)
+
+    taken = time.time() - began
+    first = min(times, default=began) - began
+    tokens = sum(reply["tokens"] for reply in replies)
+    ended = sum(reply["ended"] for reply in replies)
+    speed = f"{tokens / taken:.1f} tok/s, the first after {first:.2f} s"
     say(
-        "model",
-        f"{base.name}{how}, {gb:.2f} GB on {device} in {time.time() - began:.1f} s; {str(kept)[6:]} ({why})",
+        "sampled",
+        f"{len(replies)} text(s), {tokens} tokens, {speed}; {ended} ended by themselves",
     )
-    if info and (folder / "state.json").exists():
-        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if facts["best_step"] < facts["step"]:
-            say(
-                "note",
-                f"this is step {facts['step']}, the best was {facts['best_step']}: --run {folder}/best",
-            )
-    return model, data.Text(base), info
 
 
-# --- how good it is ---
-def measure(texts):
-    """What can be counted in (text behind a title, ended). Shares are of all ingredients, steps and 3-word runs."""
-    whole, used, listed, again, steps, runs = 0, 0, 0, 0, 0, Counter()
-    for text, ended in texts:
-        items, numbered = (
-            re.findall(r"^- (.+)", text, re.MULTILINE),
-            re.findall(r"^(\d+)\. (.+)", text, re.MULTILINE),
-        )
-        form = re.fullmatch(
-            r"\n\nIngredients:\n(- .+\n){2,}\nDirections:\n(\d+\. .+\n){2,}", text.rstrip() + "\n"
-        )
-        done, words = [step for _, step in numbered], text.casefold().split()
-        named, of = recipes.mentioned(recipes.Recipe(ingredients=items, directions=done))
-        whole += bool(
-            form and ended and [int(n) for n, _ in numbered] == [*range(1, len(done) + 1)]
-        )
-        used, listed, again, steps = (
-            used + named,
-            listed + of,
-            again + len(done) - len(set(done)),
-            steps + len(done),
-        )
-        runs.update(zip(words, words[1:], words[2:]))
+def stream_one(cfg, text, asked, texts):
+    """Print the prompt; the Stream prints what follows. -> the one reply, in a list"""
+    print(asked[0].shown + gap(cfg), end="", flush=True)
+    replies = [reply(text, asked[i], ids, ended) for i, ids, ended in texts]
+    print(flush=True)
+    return replies
+
+
+def print_all(cfg, text, asked, texts):
+    """Print the texts in the order of their prompts, each as soon as all before it are printed. -> the replies"""
+    done = {}
+    printed = 0
+    for i, ids, ended in cli.Progress(len(asked), "sample").over(texts):
+        done[i] = reply(text, asked[i], ids, ended)
+        while printed in done:
+            print(formatted(cfg, done[printed]))
+            printed += 1
+    return list(done.values())
+
+
+def reply(text, one, ids, ended):
+    """One text as a row of --json."""
+    # A first token decoded alone may lose its space, so the prompt is decoded with it and cut off again.
+    before = text.decode(one.ids)
+    said = text.decode(one.ids + ids)[len(before) :]
     return {
-        "recipes": whole / len(texts),
-        "ingredients_used": used / max(1, listed),
-        "steps_repeated": again / max(1, steps),
-        "distinct_3": len(runs) / max(1, runs.total()),
+        "prompt": one.shown,
+        "text": said,
+        "sample": one.number,
+        "tokens": len(ids),
+        "ended": ended,
     }
+
+
+def formatted(cfg, row):
+    if cfg.json:
+        return json.dumps(row, ensure_ascii=False)
+    line = "-" * 40
+    return f"{row['prompt']}{gap(cfg)}{row['text']}\n\n{line}\n"
+
+
+def gap(cfg):
+    """Between a prompt and what follows: a chat's answer stands apart."""
+    return "\n\n" if cfg.chat else ""
+
+
+# --- --eval ---
 
 
 @torch.no_grad()
 def evaluate(cfg):
-    """--eval: run and base on the same held-out titles. -> {"asked", "run": {measure: value}, "base": the same}"""
-    folder, out = Path(cfg.run or "out"), {}
-    info = state.read_run(folder)
-    base = convert.resolve(cfg.model or info["config"]["model"], data.cache_folder(cfg))
-    had = {f.name: info["config"][f.name] for f in fields(data.Data)} | {"cache": cfg.cache}
+    """--eval: run and base on the same held-out titles and recipes, on stdout."""
+    run = Path(cfg.run or "out")
+    info = read_run(run)
+    base = hub.resolve(cfg.model or info["config"]["model"], disk.cache_folder(cfg.cache))
+    held, text = held_out(cfg, run, info, base)
+    titles = info["titles"][: cfg.eval]  # as many as the run held out, at most
+
+    ways = {
+        "run": replace(cfg, run=str(run)),
+        "base": replace(cfg, run="", model=str(base), merge=False),
+    }
+    measures = {}
+    for who, way in ways.items():
+        measures[who] = measured(way, who, titles, text, held, info)
+        # What is compiled refers to itself: without these, two models would be in memory.
+        torch.compiler.reset()
+        gc.collect()
+
+    if cfg.json:
+        print(json.dumps({"asked": len(titles), **measures}))
+    else:
+        print(table(len(titles), measures))
+
+
+def held_out(cfg, run, info, base):
+    """(the held-out recipes of a run, its Text), prepared again; refused where they or the base are others today."""
+    had = {f.name: info["config"][f.name] for f in fields(data.Data)}
+    had["cache"] = cfg.cache
+    rules = recipes.Rules(**info["rules"])
     try:
-        heap, held, text = data.prepare(data.Data(**had), recipes.Rules(**info["rules"]), base)
+        dataset, held, text = data.prepare(data.Data(**had), rules, base)
     except UserError as e:
         raise UserError(
-            f"the data that {folder} was trained on, as its run.json has it: {e}"
+            f"the data that {run} was trained on, as its run.json has it: {e}"
         ) from None
-    if [state.fingerprint(base), data.fingerprint(heap, held)] != [
-        info["base_fingerprint"],
-        info["data_fingerprint"],
-    ]:
+
+    same_base = disk.fingerprint(base) == info["base_fingerprint"]
+    same_data = data.fingerprint(dataset, held) == info["data_fingerprint"]
+    if not (same_base and same_data):
         raise UserError(
-            f"{base} or the data (or its rules) is not what {folder} was trained on: it has changed."
+            f"{base} or the data (or its rules) is not what {run} was trained on: it has changed."
         )
-    prompts = [
-        text.prompt(title) for title in info["titles"][: cfg.eval]
-    ]  # as many as the run held out, at most
-    rows = [[held.val[at : at + cfg.batch_size]] for at in range(0, len(held.val), cfg.batch_size)]
-    for who, which in (
-        ("run", {"run": str(folder)}),
-        ("base", {"run": "", "model": str(base), "merge": False}),
-    ):
-        model, texts, n, total, count = load(replace(cfg, **which))[0], [], len(prompts), 0.0, 0
-        for _, ids, end in cli.Progress(n, who).over(
-            write(Writer(model, prompts, cfg), prompts, text.ends)
-        ):
-            texts.append((text.decode(ids), end))
-        with torch.compiler.set_stance("force_eager"):  # each length would be a graph
-            for (batch,) in data.feed(held, rows, model.lm_head.weight.device, had["mask_prompt"]):
-                loss = models.sum_loss(
-                    model(batch.ids), model.lm_head.weight, batch.where, batch.targets
-                )
-                total, count = total + loss.item(), count + len(batch.targets)
-        out[who], model = {**measure(texts), "perplexity": math.exp(total / count)}, None
-        torch.compiler.reset()
-        gc.collect()  # what is compiled refers to itself: two models would be in memory
-    table = "".join(
-        f"\n{what:<24}{value:>10.3f}{out['run'][what]:>10.3f}"
-        for what, value in out["base"].items()
-    )
-    print(
-        json.dumps({"asked": n, **out})
-        if cfg.json
-        else f"{n:>4} held-out titles{'base':>14}{'run':>10}{table}"
-    )
+    return held, text
 
 
-# --- python sample.py ---
-def answer(cfg):
-    """Write what is asked for: one text as it comes, or all in the order of their prompts."""
-    model, text, info = load(cfg)
-    titles = info["titles"] if info else ["Pumpkin Bread"]
-    rows = (
-        read_prompts(cfg.prompts)
-        if cfg.prompts
-        else [
-            {"prompt": cfg.prompt}
-            if cfg.prompt
-            else {
-                "title": cfg.title or titles[cfg.seed % len(titles)],
-                "ingredients": cfg.ingredients,
-            }
-        ]
-    )
-    if re.search("[\ud800-\udfff]", json.dumps(rows, ensure_ascii=False)):
-        raise UserError(
-            "a prompt holds a lone surrogate, or bytes that are no UTF-8: no tokenizer takes it."
-        )
-    asked = ((*beginning(text, row, cfg.chat), n) for row in rows for n in range(cfg.num_samples))
-    prompts, shown, numbers = zip(*asked)
-    if not all(prompts):
-        raise UserError("a prompt is empty, and this model has no BOS token to begin with.")
-    stream, streamed = DecodeStream(skip_special_tokens=True), len(prompts) == 1 and not cfg.json
-    for token in prompts[0] if streamed else ():  # it knows what came before
-        stream.step(text.tokenizer, token)
-    writer, began, first, done, at = Writer(model, prompts, cfg), time.time(), [], {}, 0
+def measured(cfg, who, titles, text, held, info):
+    """{measure: value} of one model."""
+    model, _, _ = load(cfg)
+    texts = written(cfg, who, model, titles, text)
 
-    def show(i, token):
-        first.append(time.time() - began)
-        if streamed:  # a piece of text once its bytes are whole characters
-            print(stream.step(text.tokenizer, token) or "", end="", flush=True)
+    def loss_of(batch):
+        h = model(batch.ids)
+        return chunked(h, model.lm_head.weight, batch.where, batch.targets)
 
-    gap = "\n\n" if cfg.chat else ""
-    print(shown[0] + gap if streamed else "", end="", flush=True)
-    texts = write(writer, prompts, text.ends, numbers, show)
-    for i, ids, end in texts if streamed else cli.Progress(len(prompts), "sample").over(texts):
-        said = text.decode(prompts[i] + ids)[
-            len(text.decode(prompts[i])) :
-        ]  # a first token alone may lose its space
-        done[i] = {
-            "prompt": shown[i],
-            "text": said,
-            "sample": numbers[i],
-            "tokens": len(ids),
-            "ended": end,
-        }
-        while at in done and not streamed:  # in the order of the prompts, as soon as that is known
-            row, at = done[at], at + 1
-            plain = f"{row['prompt']}{gap}{row['text']}\n\n{'-' * 40}\n"
-            print(json.dumps(row, ensure_ascii=False) if cfg.json else plain)
-    print(end="\n" * streamed, flush=True)
-    taken, tokens, ended = (
-        time.time() - began,
-        *(sum(row[key] for row in done.values()) for key in ("tokens", "ended")),
-    )
-    say(
-        "sampled",
-        f"{len(done)} text(s), {tokens} tokens, {tokens / taken:.1f} tok/s, the first after "
-        f"{min(first, default=0):.2f} s; {ended} ended by themselves",
-    )
+    device = model.lm_head.weight.device
+    batches = recipe_batches(held, cfg.batch_size, device, info["config"]["mask_prompt"])
+    # Not compiled: each length would be a graph of its own.
+    with torch.compiler.set_stance("force_eager"):
+        loss = quality.held_out_loss(model, loss_of, batches)
+    return {**quality.measure(texts), "perplexity": math.exp(loss)}
+
+
+def written(cfg, who, model, titles, text):
+    """[(text behind a title, ended)], as they are finished"""
+    prompts = [text.prompt(title) for title in titles]
+    engine = Engine(model, prompts, sampling(cfg))
+    texts = Scheduler(engine, prompts, text.ends)
+    progress = cli.Progress(len(prompts), who)
+    return [(text.decode(ids), ended) for _, ids, ended in progress.over(texts)]
+
+
+def recipe_batches(held, batch_size, device, mask_prompt):
+    """The held-out recipes as Batches on the device."""
+    which = held.indices
+    steps = [[which[at : at + batch_size]] for at in range(0, len(which), batch_size)]
+    for step in data.feed(held, steps, device, mask_prompt, budget=0):
+        yield from step
+
+
+def table(n, measures):
+    """Base and run side by side."""
+    lines = [f"{n:>4} held-out titles{'base':>14}{'run':>10}"]
+    for what, value in measures["base"].items():
+        lines.append(f"{what:<24}{value:>10.3f}{measures['run'][what]:>10.3f}")
+    return "\n".join(lines)
 
 
 def main():
     (cfg,) = cli.parse(__doc__, Config)
     check(cfg)
     try:
-        evaluate(cfg) if cfg.eval else answer(cfg)
+        if cfg.eval:
+            evaluate(cfg)
+        else:
+            answer(cfg)
     except torch.OutOfMemoryError:
         raise UserError(
             "out of memory: a smaller --batch_size, --max_new_tokens or --quant nf4 takes less."
