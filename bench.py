@@ -7,9 +7,11 @@ One JSON line a row on stdout, as it goes. Only real tokens count; padding is a 
 once, as a Hugging Face folder with shards; a word of the made-up tokenizer is a token, so a recipe's length is exact.
 """
 
+import cli
+from cli import UserError, say
+
 import dataclasses
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -21,44 +23,86 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import lora
-from cli import UserError, say
+from files import weights
 
-SHAPES = {  # C, F, blocks, H, K, V
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "tiny": (256, 512, 2, 4, 2, 1024),
+
+@dataclass
+class Shape:
+    hidden: int
+    mlp: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+
+SHAPES = {
+    "8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "1b": Shape(2048, 8192, 16, 32, 8, 128256),
+    "tiny": Shape(256, 512, 2, 4, 2, 1024),
 }
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-CKPT, NF4 = ["--grad_ckpt", "--compile", "--optim", "adamw8bit"], ["--quant", "nf4"]
-PACKED = [*NF4, *CKPT, "--fp8", "--cuda_graph", "--batching", "packed", "--batch_tokens"]
-ROWS = {  # row: what, its lengths, recipes in a batch, flags
-    "1": (
+
+@dataclass
+class Row:
+    what: str
+    lengths: str  # of the recipes: fixed, long, sorted (see `lengths_of`)
+    batch: int  # recipes in a batch
+    flags: str  # of train.py
+
+    @property
+    def is_sorted(self):
+        return self.lengths == "sorted"
+
+
+NF4 = "--quant nf4"
+CKPT = "--grad_ckpt --compile --optim adamw8bit"
+PACKED = f"{NF4} {CKPT} --fp8 --cuda_graph --batching packed --batch_tokens"
+ROWS = {
+    "1": Row(
         "32 x 256, bf16 matmuls",
-        "fixed",
-        32,
-        [*NF4, *CKPT, "--offload_ckpt", "--attn", "cudnn"],
+        lengths="fixed",
+        batch=32,
+        flags=f"{NF4} {CKPT} --offload_ckpt --attn cudnn",
     ),
-    "2": (
+    "2": Row(
         "32 x 256, fp8 matmuls",
-        "fixed",
-        32,
-        [*NF4, *CKPT, "--offload_ckpt", "--attn", "cudnn", "--fp8"],
+        lengths="fixed",
+        batch=32,
+        flags=f"{NF4} {CKPT} --offload_ckpt --attn cudnn --fp8",
     ),
-    "3": ("no checkpoints", "fixed", 48, ["--quant", "fp8", "--fp8", *CKPT[1:], "--attn", "cudnn"]),
-    "4": ("16 recipes, sorted", "sorted", 16, [*NF4, *CKPT, "--fp8", "--cuda_graph"]),
-    "5": ("16 recipes, sorted, bf16 weights", "sorted", 16, [*CKPT, "--fp8", "--cuda_graph"]),
-    "6": (
+    "3": Row(
+        "no checkpoints",
+        lengths="fixed",
+        batch=48,
+        flags="--quant fp8 --fp8 --compile --optim adamw8bit --attn cudnn",
+    ),
+    "4": Row(
+        "16 recipes, sorted",
+        lengths="sorted",
+        batch=16,
+        flags=f"{NF4} {CKPT} --fp8 --cuda_graph",
+    ),
+    "5": Row(
+        "16 recipes, sorted, bf16 weights",
+        lengths="sorted",
+        batch=16,
+        flags=f"{CKPT} --fp8 --cuda_graph",
+    ),
+    "6": Row(
         "1 x 2048, least memory",
-        "long",
-        1,
-        [*NF4, *CKPT, "--offload_ckpt", "--offload_embed", "--attn", "cudnn"],
+        lengths="long",
+        batch=1,
+        flags=f"{NF4} {CKPT} --offload_ckpt --offload_embed --attn cudnn",
     ),
-    "7": ("to the first step", "fixed", 32, [*NF4, *CKPT, "--fp8"]),
-    "8": ("recipes of row 4, packed", "sorted", 16, [*PACKED, "4096"]),
-    "9": ("8,192 tokens", "sorted", 16, [*PACKED, "8192"]),
+    "7": Row("to the first step", lengths="fixed", batch=32, flags=f"{NF4} {CKPT} --fp8"),
+    "8": Row("recipes of row 4, packed", lengths="sorted", batch=16, flags=f"{PACKED} 4096"),
+    "9": Row("8,192 tokens", lengths="sorted", batch=16, flags=f"{PACKED} 8192"),
 }
+WARM_UP = 3  # steps that are not counted: compilation, first launches
+SORTED_BATCHES = 20  # 320 recipes in batches of 16: an epoch of the sorted rows
+PEERS = {"unsloth": "unsloth", "liger": "liger_kernel", "hf": "peft"}  # peer: its package
 
 
 @dataclass
@@ -74,76 +118,122 @@ class Config:
     # fmt: on
 
 
+def check(cfg):
+    """Mistakes that show before anything is made."""
+    cli.bound(cfg, steps=WARM_UP + 1)
+    for row in cfg.rows:
+        if row not in ROWS:
+            raise UserError(f"--rows: there is no row {row}; choose among {', '.join(ROWS)}.")
+    if cfg.shape not in SHAPES:
+        raise UserError(f"--shape {cfg.shape} is none of {', '.join(SHAPES)}.")
+    for tool in [*cfg.peers, cfg.peer]:
+        if tool and tool not in PEERS:
+            raise UserError(f"--peers {tool}: not one of {', '.join(PEERS)}.")
+
+
+def check_installed(peers):
+    installed = {d.name.replace("-", "_") for d in metadata.distributions()}
+    for tool in peers:
+        if PEERS[tool] not in installed:
+            raise UserError(f"--peers {tool}: {PEERS[tool]} is not installed here.")
+
+
 # --- what is trained, on what ---
 
 
 def make_model(folder, shape):
     """A Hugging Face folder of random weights in bf16 shards, and a tokenizer whose words w0, w1, … are tokens."""
-    import torch
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     if (folder / "done").exists():
         return
-    C, F, blocks, H, K, V = SHAPES[shape]
+    shape = SHAPES[shape]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    D, place = (
-        C // H,
-        {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": torch.bfloat16},
-    )
-    shapes = {"model.embed_tokens.weight": (V, C)}
-    for i in range(blocks):
-        linear = {
-            "q_proj": (H * D, C),
-            "k_proj": (K * D, C),
-            "v_proj": (K * D, C),
-            "o_proj": (C, H * D),
-            "gate_proj": (F, C),
-            "up_proj": (F, C),
-            "down_proj": (C, F),
-        }
-        shapes |= {
-            f"model.layers.{i}.{lora.PARENT[name]}.{name}.weight": s for name, s in linear.items()
-        }
-        shapes |= {
-            f"model.layers.{i}.{name}_layernorm.weight": (C,)
-            for name in ("input", "post_attention")
-        }
-    shapes |= {"model.norm.weight": (C,), "lm_head.weight": (V, C)}
-    names, shards, where = list(shapes), max(1, blocks // 8), {}
-    for s in range(shards):
-        mine, file = (
-            names[s * len(names) // shards : (s + 1) * len(names) // shards],
-            f"model-{s + 1:05d}.safetensors",
-        )
-        save_file(
-            {
-                n: (
-                    torch.randn(shapes[n], **place) * 0.02
-                    if len(shapes[n]) > 1
-                    else torch.ones(shapes[n], **place)
-                )
-                for n in mine
-            },
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        where |= dict.fromkeys(mine, file)
-    words = {"</s>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, V)}}
+    shard_of_tensor = write_weights(folder, shapes_of_tensors(shape), shards=shape.blocks // 8)
+    write_tokenizer(folder, shape.vocab)
+    # Random weights never end a text by themselves, so every token ends one: train.py's recipe is short.
+    configs = {
+        "config": model_config(shape),
+        "generation_config": {"eos_token_id": list(range(shape.vocab))},
+        "tokenizer_config": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"},
+        "model.safetensors.index": {"metadata": {}, "weight_map": shard_of_tensor},
+    }
+    for name, config in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    (folder / "done").touch()
+
+
+def shapes_of_tensors(shape):
+    """{name of Hugging Face: shape} of every weight of the model."""
+    head_dim = shape.hidden // shape.heads
+    q, kv = shape.heads * head_dim, shape.kv_heads * head_dim
+    block = {
+        "self_attn.q_proj": (q, shape.hidden),
+        "self_attn.k_proj": (kv, shape.hidden),
+        "self_attn.v_proj": (kv, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, q),
+        "mlp.gate_proj": (shape.mlp, shape.hidden),
+        "mlp.up_proj": (shape.mlp, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.mlp),
+        "self_attn.input_layernorm": (shape.hidden,),
+        "mlp.post_attention_layernorm": (shape.hidden,),
+    }
+    found = {"embed_tokens.weight": (shape.vocab, shape.hidden)}
+    for i in range(shape.blocks):
+        for name, of_tensor in block.items():
+            found[f"layers.{i}.{name}.weight"] = of_tensor
+    found["norm.weight"] = (shape.hidden,)
+    found["lm_head.weight"] = (shape.vocab, shape.hidden)
+    return {weights.hf_name(name): of_tensor for name, of_tensor in found.items()}
+
+
+def write_weights(folder, shapes, shards):
+    """Random weights in so many files (at least one). -> {tensor: its file}"""
+    from safetensors.torch import save_file
+
+    names, shards = list(shapes), max(1, shards)
+    file_of_tensor = {}
+    for i in range(shards):
+        begin = i * len(names) // shards
+        end = (i + 1) * len(names) // shards
+        file = f"model-{i + 1:05d}.safetensors"
+        tensors = {name: random_weight(shapes[name]) for name in names[begin:end]}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        for name in tensors:
+            file_of_tensor[name] = file
+    return file_of_tensor
+
+
+def random_weight(shape):
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if len(shape) == 1:
+        return torch.ones(shape, device=device, dtype=torch.bfloat16)
+    return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
+
+
+def write_tokenizer(folder, vocab):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"</s>": 0, "<unk>": 1}
+    for i in range(2, vocab):
+        words[f"w{i}"] = i
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
+
+
+def model_config(shape):
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": C,
-        "intermediate_size": F,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": H,
-        "num_key_value_heads": K,
-        "head_dim": D,
-        "vocab_size": V,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.mlp,
+        "num_hidden_layers": shape.blocks,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.hidden // shape.heads,
+        "vocab_size": shape.vocab,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
@@ -152,124 +242,94 @@ def make_model(folder, shape):
         "eos_token_id": 0,
         "torch_dtype": "bfloat16",
     }
-    # random weights never end a text by themselves: every token may, and the recipe that train.py shows is one long
-    for name, what in (
-        ("config", config),
-        ("generation_config", {"eos_token_id": list(range(V))}),
-        ("tokenizer_config", {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}),
-        ("model.safetensors.index", {"metadata": {}, "weight_map": where}),
-    ):
-        (folder / f"{name}.json").write_text(json.dumps(what))
-    (folder / "done").touch()
 
 
 def lengths_of(kind, rows, steps):
     """Lengths in tokens: all alike, or log-normal as recipes are (median 200, sigma 0.45, 48 to 512)."""
-    if kind != "sorted":
-        return [2048 if kind == "long" else 256] * (rows * steps)
+    if kind == "long":
+        return [2048] * (rows * steps)
+    if kind == "fixed":
+        return [256] * (rows * steps)
     drawn = np.random.default_rng(1).lognormal(np.log(200), 0.45, 320)
     return np.clip(drawn, 48, 512).astype(int).tolist()
 
 
 def make_recipes(file, lengths, vocab):
+    """A .jsonl file of random words, a recipe of each length."""
     rng = np.random.default_rng(2)
-    file.write_text(
-        "".join(
-            json.dumps({"text": " ".join(f"w{i}" for i in rng.integers(2, vocab, n))}) + "\n"
-            for n in lengths
-        )
-    )
+    with open(file, "w", encoding="utf-8") as out:
+        for n in lengths:
+            words = [f"w{i}" for i in rng.integers(2, vocab, n)]
+            out.write(json.dumps({"text": " ".join(words)}) + "\n")
     return file
 
 
 # --- a row ---
 
 
-def run_row(cfg, row, root):
-    """train.py in a process of its own. -> what its metrics and receipts say"""
-    what, kind, rows, flags = ROWS[row]
-    steps = (
-        60 if kind == "sorted" else cfg.steps
-    )  # 20 batches, thrice: the last time every graph is there
-    vocab, out = SHAPES[cfg.shape][-1], root / f"row{row}"
-    heap = make_recipes(root / f"row{row}.jsonl", lengths_of(kind, rows, steps), vocab)
-    held = make_recipes(root / "held_out.jsonl", [256] * 2, vocab)
+def run_row(cfg, name, root):
+    """train.py in a process of its own. -> what its metrics.jsonl and summary.json say"""
+    row = ROWS[name]
+    # Of three epochs of sorted batches the last counts: every CUDA graph is there by then.
+    steps = 3 * SORTED_BATCHES if row.is_sorted else cfg.steps
+    vocab = SHAPES[cfg.shape].vocab
+    out = root / f"row{name}"
+    recipes = make_recipes(
+        root / f"row{name}.jsonl", lengths_of(row.lengths, row.batch, steps), vocab
+    )
+    held_out = make_recipes(root / "held_out.jsonl", [256] * 2, vocab)
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "train.py",
-        "--model",
-        root / cfg.shape,
-        "--data",
-        heap,
-        "--val_data",
-        held,
-        "--val_recipes",
-        "2",
-        "--no-clean",
-        "--out",
-        out,
-        "--max_len",
-        "2049",
-        "--batch_size",
-        rows,
-        "--max_steps",
-        steps,
-        "--eval_every",
-        10**6,
-        "--save_every",
-        10**6,
-        "--cache",
-        cfg.cache,
-        "--lr",
-        "1e-4",
-        "--device",
-        cfg.device,
-        *flags,
-    ]
-    began = time.time()
-    child = subprocess.Popen(
-        list(map(str, command)),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+    done = subprocess.run(
+        train_command(cfg, row, steps, [root / cfg.shape, recipes, held_out, out]),
+        capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
+        check=False,
     )
-    seen, tail = {}, []
-    for line in child.stderr:
-        tail = [*tail[-8:], line.rstrip()]
-        key, _, text = line.partition(" ")
-        seen[key] = text.strip()
-        if line.startswith("first step"):
-            seen["to_first_step_s"] = round(time.time() - began, 1)
-    if child.wait():
-        return {"row": row, "what": what, "error": " | ".join(tail)}
-    lines = [json.loads(s) for s in (out / "metrics.jsonl").read_text().splitlines()][1:]
-    again = lines[40:] if kind == "sorted" else lines[3:]
-    result = {
-        "row": row,
-        "what": what,
-        "flags": " ".join(flags),
-        **figures([x["tokens_per_s"] for x in again]),
-        "padding": round(statistics.mean(x["padding"] for x in again), 4),
-    }
-    if kind == "sorted":  # lengths that are new; the first steps compile
-        result["new_lengths_median"] = statistics.median(x["tokens_per_s"] for x in lines[3:20])
-    peak, reserved = (
-        re.findall(r"[\d.]+(?= GB)", seen.get("memory", "")) + [lines[-1]["peak_mem_gb"], 0]
-    )[:2]
-    return result | {
-        "peak_gb": float(peak),
-        "reserved_gb": float(reserved),
-        "loaded": seen.get("loaded"),
-        "to_first_step_s": seen["to_first_step_s"],
-        "first_step": seen.get("first"),
-        "compile": seen.get("compile"),
-        "host": seen.get("host"),
-    }
+    head = {"row": name, "what": row.what}
+    if done.returncode:
+        return head | {"error": " | ".join(done.stderr.splitlines()[-9:])}
+    return head | {"flags": row.flags} | rates_of_run(out, row) | figures_of_run(out)
 
 
-def figures(rates):
+def train_command(cfg, row, steps, paths):
+    model, recipes, held_out, out = paths
+    never = 10**6
+    flags = {
+        "--model": model,
+        "--data": recipes,
+        "--val_data": held_out,
+        "--val_recipes": 2,
+        "--out": out,
+        "--max_len": 2049,
+        "--batch_size": row.batch,
+        "--max_steps": steps,
+        "--eval_every": never,
+        "--save_every": never,
+        "--cache": cfg.cache,
+        "--lr": 1e-4,
+        "--device": cfg.device,
+    }
+    command = [sys.executable, "train.py", "--no-clean"]
+    for flag, value in flags.items():
+        command += [flag, str(value)]
+    return command + row.flags.split()
+
+
+def rates_of_run(out, row):
+    """Tokens a second and padding of the steps that count."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = lines[1:]
+    counted = steps[2 * SORTED_BATCHES :] if row.is_sorted else steps[WARM_UP:]
+    found = summary_of_rates([step["tokens_per_s"] for step in counted])
+    found["padding"] = round(statistics.mean(step["padding"] for step in counted), 4)
+    if row.is_sorted:
+        new = steps[WARM_UP:SORTED_BATCHES]
+        found["new_lengths_median"] = statistics.median(step["tokens_per_s"] for step in new)
+    return found
+
+
+def summary_of_rates(rates):
     return {
         "tokens_per_s": round(statistics.median(rates)),
         "low": round(min(rates)),
@@ -278,58 +338,83 @@ def figures(rates):
     }
 
 
+FIGURES = [
+    "load_s",
+    "load_peak_gb",
+    "to_first_step_s",
+    "first_step_s",
+    "graphs",
+    "graphs_after_step_10",
+    "host_share",
+    "waiting_share",
+]
+
+
+def figures_of_run(out):
+    """What train.py measured of itself; seconds to the first step count from the start of its process."""
+    summary = json.loads((out / "summary.json").read_text())
+    found = {name: summary[name] for name in FIGURES}
+    found["peak_gb"] = summary["peak_mem_gb"]
+    found["reserved_gb"] = summary["reserved_mem_gb"]
+    return found
+
+
 # --- a peer: the same lengths, a plain loop around its own model ---
 
 
 def load_peer(tool, folder, nf4, ckpt):
-    """(model, switch(checkpointing)) of Unsloth, or of transformers + peft with or without Liger."""
-    import torch
-
+    """The model of Unsloth, or of transformers + peft with or without Liger, with an adapter, ready to train."""
     if tool == "unsloth":
-        from unsloth import FastLanguageModel  # it patches transformers, so it comes before that
-
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder),
-            load_in_4bit=nf4,
-            dtype=torch.bfloat16,
-            max_seq_length=2048,
-            use_exact_model_name=True,
-            use_gradient_checkpointing="unsloth" if ckpt else False,
-            local_files_only=True,
-        )
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=16,
-            lora_alpha=32,
-            target_modules=list(lora.PARENT),
-            lora_dropout=0,
-            bias="none",
-            use_gradient_checkpointing="unsloth" if ckpt else False,
-            random_state=1,
-        )
-        return (
-            FastLanguageModel.for_training(
-                model, use_gradient_checkpointing="unsloth" if ckpt else False
-            )
-            or model
-        )
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
+        return load_unsloth(folder, nf4, ckpt)
     if tool == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    quant = (
-        BitsAndBytesConfig(
+    return load_transformers(folder, nf4, ckpt)
+
+
+def load_unsloth(folder, nf4, ckpt):
+    # Unsloth patches transformers, so it is imported before that.
+    import torch
+    from unsloth import FastLanguageModel
+
+    checkpoints = "unsloth" if ckpt else False
+    base, _ = FastLanguageModel.from_pretrained(
+        str(folder),
+        load_in_4bit=nf4,
+        dtype=torch.bfloat16,
+        max_seq_length=2048,
+        use_exact_model_name=True,
+        use_gradient_checkpointing=checkpoints,
+        local_files_only=True,
+    )
+    model = FastLanguageModel.get_peft_model(
+        base,
+        r=16,
+        lora_alpha=32,
+        target_modules=LINEARS,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing=checkpoints,
+        random_state=1,
+    )
+    switched = FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpoints)
+    return switched or model
+
+
+def load_transformers(folder, nf4, ckpt):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quant = None
+    if nf4:
+        quant = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        if nf4
-        else None
-    )
     base = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
@@ -340,97 +425,114 @@ def load_peer(tool, folder, nf4, ckpt):
     base.config.use_cache = False
     if ckpt:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return get_peft_model(
-        base, LoraConfig(r=16, lora_alpha=32, target_modules=list(lora.PARENT))
-    ).train()
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS)
+    return get_peft_model(base, adapter).train()
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """What a peer is asked for: rows that differ in our flags only are one row of a peer."""
+
+    lengths: str
+    batch: int
+    nf4: bool
+    ckpt: bool
+
+
+def peer_row(name):
+    row = ROWS[name]
+    if name == "3":
+        # The largest lengths and batch that fit a peer without checkpoints.
+        return PeerRow("sorted", 32, nf4=True, ckpt=False)
+    return PeerRow(row.lengths, row.batch, nf4=NF4 in row.flags, ckpt=True)
 
 
 def run_peer(tool, cfg, root):
     """The rows' lengths through a peer, in this process: one line a kind of lengths, so rows 1 and 2 share theirs."""
-    began, done, model, kept = time.time(), set(), None, None
-    for row in cfg.rows:
-        _, kind, rows, flags = ROWS[row]
-        kind, rows = (
-            ("sorted", 32) if row == "3" else (kind, rows)
-        )  # what fits a peer without checkpoints
-        want = ("nf4" in flags or row == "3", row != "3")
-        if (kind, rows, want) in done or row == "7":
+    began = time.time()
+    done = set()
+    model = loaded = None
+    for name in cfg.rows:
+        row = peer_row(name)
+        if row in done or name == "7":
             continue
-        done.add((kind, rows, want))
-        if want != kept:
-            model, kept = (
-                load_peer(tool, root / cfg.shape, *want),
-                want,
-            )  # Unsloth wants to be imported first
-            import bitsandbytes
-            import torch
+        done.add(row)
+        if loaded != (row.nf4, row.ckpt):
+            # The model before is freed first.
+            model = None
+            model = load_peer(tool, root / cfg.shape, row.nf4, row.ckpt)
+            loaded = (row.nf4, row.ckpt)
+            load_s = round(time.time() - began, 1)
+        result = {"row": name, "peer": tool, "lengths": row.lengths, "batch": row.batch}
+        result |= measure_peer(model, row, cfg, began)
+        result |= {"load_s": load_s, "version": metadata.version(PEERS[tool])}
+        print(json.dumps(result), flush=True)
 
-            loaded = round(time.time() - began, 1)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        optimizer = bitsandbytes.optim.AdamW8bit(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-4
-        )
-        lengths = sorted(lengths_of(kind, rows, cfg.steps), reverse=True)
-        cuts = [lengths[i : i + rows] for i in range(0, len(lengths), rows)]
-        rates, first = [], None
-        for cut in cuts * (2 if kind == "sorted" else 1):
-            real = torch.arange(max(cut)) < torch.tensor(cut)[:, None]
-            ids = torch.randint(2, SHAPES[cfg.shape][-1], real.shape) * real
-            batch = {"input_ids": ids, "labels": ids.masked_fill(~real, -100)}
-            batch |= {} if real.all() else {"attention_mask": real.long()}
-            torch.cuda.synchronize()
-            start = time.time()
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model(**{k: v.cuda() for k, v in batch.items()}).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.synchronize()
-            rates.append(sum(cut) / (time.time() - start))
-            first = first or round(time.time() - began, 1)
-        once = (
-            len(cuts) if kind == "sorted" else 3
-        )  # then every length has come before; or the first steps are over
-        new = {"new_lengths_median": statistics.median(rates[3:once])} if kind == "sorted" else {}
-        print(
-            json.dumps(
-                {
-                    "row": row,
-                    "peer": tool,
-                    "lengths": kind,
-                    "batch": rows,
-                    **new,
-                    **figures(rates[once:]),
-                    "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-                    "loaded": loaded,
-                    "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
-                    "to_first_step_s": first,
-                    "version": metadata.version(
-                        {"hf": "peft", "liger": "liger_kernel"}.get(tool, tool)
-                    ),
-                }
-            ),
-            flush=True,
-        )
+
+def measure_peer(model, row, cfg, began):
+    """Train the peer's model on the row's lengths. -> tokens a second, memory, seconds to the first step"""
+    import bitsandbytes
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
+    lengths = sorted(lengths_of(row.lengths, row.batch, cfg.steps), reverse=True)
+    batches = [lengths[i : i + row.batch] for i in range(0, len(lengths), row.batch)]
+    is_sorted = row.lengths == "sorted"
+    # In a second epoch of sorted batches every length has come before; else the first steps do not count.
+    epochs, uncounted = (2, len(batches)) if is_sorted else (1, WARM_UP)
+    rates, to_first_step = [], None
+    for batch in batches * epochs:
+        took = peer_step(model, optimizer, batch, SHAPES[cfg.shape].vocab)
+        rates.append(sum(batch) / took)
+        if to_first_step is None:
+            to_first_step = round(time.time() - began, 1)
+    found = summary_of_rates(rates[uncounted:])
+    if is_sorted:
+        found["new_lengths_median"] = statistics.median(rates[WARM_UP:uncounted])
+    found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    found["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
+    found["to_first_step_s"] = to_first_step
+    return found
+
+
+def peer_step(model, optimizer, lengths, vocab):
+    """One step on random tokens, padded to the longest. -> seconds"""
+    import torch
+
+    is_real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (R, T)
+    ids = torch.randint(2, vocab, is_real.shape) * is_real
+    batch = {"input_ids": ids, "labels": ids.masked_fill(~is_real, -100)}
+    if not is_real.all():
+        batch["attention_mask"] = is_real.long()
+    torch.cuda.synchronize()
+    start = time.time()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(**{name: tensor.cuda() for name, tensor in batch.items()}).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    return time.time() - start
+
+
+def start_peer(tool, cfg):
+    """bench.py again, as that peer: each in a process of its own, because some patch transformers."""
+    values = dataclasses.asdict(cfg) | {"peer": tool}
+    flags = [f"--{name}={value}" for name, value in values.items() if not isinstance(value, list)]
+    # The peers need nothing but the folder.
+    offline = ["env", "HF_HUB_OFFLINE=1", "UNSLOTH_DISABLE_STATISTICS=1"]
+    command = [*offline, sys.executable, __file__, *flags, "--rows", *cfg.rows]
+    subprocess.run(command, check=False)
 
 
 def main():
     (cfg,) = cli.parse(__doc__, Config)
+    check(cfg)
+    check_installed(cfg.peers)
     root = Path(__file__).parent / cfg.cache / "bench"
-    for row in cfg.rows:
-        if row not in ROWS:
-            raise UserError(f"--rows: there is no row {row}; choose among {', '.join(ROWS)}.")
-    if cfg.shape not in SHAPES:
-        raise UserError(f"--shape {cfg.shape} is none of {', '.join(SHAPES)}.")
-    names = {"unsloth": "unsloth", "liger": "liger_kernel", "hf": "peft"}
-    for tool in cfg.peers:
-        if tool not in names or not any(
-            d.name.replace("-", "_") == names[tool] for d in metadata.distributions()
-        ):
-            raise UserError(
-                f"--peers {tool}: not one of {', '.join(names)}, or not installed here."
-            )
     if cfg.peer:
         return run_peer(cfg.peer, cfg, root)
     make_model(root / cfg.shape, cfg.shape)
@@ -438,24 +540,13 @@ def main():
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     say("bench", f"{cfg.shape} on {card}, torch {torch.__version__}")
-    for row in cfg.rows:
-        print(
-            json.dumps({**run_row(cfg, row, root), "card": card, "torch": torch.__version__}),
-            flush=True,
-        )
+    for name in cfg.rows:
+        result = run_row(cfg, name, root)
+        result |= {"card": card, "torch": torch.__version__}
+        print(json.dumps(result), flush=True)
     for tool in cfg.peers:
-        flags = [
-            f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items() if isinstance(v, (str, int))
-        ]
-        offline = [
-            "env",
-            "HF_HUB_OFFLINE=1",
-            "UNSLOTH_DISABLE_STATISTICS=1",
-        ]  # a folder is all that they need
-        subprocess.run(
-            [*offline, sys.executable, __file__, *flags, "--peer", tool, "--rows", *cfg.rows],
-            check=False,
-        )
+        start_peer(tool, cfg)
+    return 0
 
 
 if __name__ == "__main__":
