@@ -1,5 +1,7 @@
 """What the tests share: a tiny model folder, a heap of made-up recipes, and a way to run the programs."""
 
+import cli
+
 import csv
 import json
 import os
@@ -315,6 +317,13 @@ def chat_model(folder, template, **more):
     config = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     return model
+
+
+@pytest.fixture(autouse=True)
+def the_process_goes_on(monkeypatch):
+    """A program that is run in this process ends with SystemExit, and leaves no thread behind."""
+    monkeypatch.setattr(cli, "leave", sys.exit)
+    monkeypatch.setattr(cli.PULSE, "start", lambda: None)
 
 
 @pytest.fixture(scope="session")

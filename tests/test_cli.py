@@ -316,24 +316,24 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
 
 
 def test_progress_without_a_terminal_is_not_a_line_a_step(capsys, monkeypatch):
-    """A line every ten seconds, and one at the end."""
+    """A line every three seconds, and one at the end."""
     now = [100.0]
     monkeypatch.setattr(cli.time, "time", lambda: now[0])
-    bar = cli.Progress(55, "train")
-    for _ in range(55):
+    bar = cli.Progress(16, "train")
+    for _ in range(16):
         now[0] += 1
         bar.step()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == [
-        "10/55",
-        "20/55",
-        "30/55",
-        "40/55",
-        "50/55",
-        "55/55",
+        "3/16",
+        "6/16",
+        "9/16",
+        "12/16",
+        "15/16",
+        "16/16",
     ]
     assert [line.split("  ")[-1].strip() for line in lines] == [
-        f"{n} s left" for n in (45, 35, 25, 15, 5, 0)
+        f"{n} s left" for n in (13, 10, 7, 4, 1, 0)
     ]
 
 
@@ -361,3 +361,63 @@ def test_progress_on_a_terminal_is_a_bar_that_receipts_do_not_tear(monkeypatch):
     assert any(
         line.endswith("\rsaved        out") for line in shown.split("\n")
     )  # at the start of a line
+
+
+# ---- nothing is silent, nobody spins --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "passive"), ("active", "active")])
+def test_openmp_waits_asleep_unless_the_user_says_otherwise(given, wanted):
+    """Seen by torch: its OpenMP prints what it took from the environment when it is loaded."""
+    mine = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {k: v for k, v in os.environ.items() if k not in mine}
+    env |= {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": str(ROOT)}
+    if given:
+        env["OMP_WAIT_POLICY"] = given
+    for program in ("train", "sample", "data"):
+        code = f"import {program}, torch, os; print(os.environ['OMP_WAIT_POLICY'])"
+        code += "; assert ('GOMP_SPINCOUNT' in os.environ) == (os.environ['OMP_WAIT_POLICY'] == 'passive')"
+        ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert ran.stdout.strip() == wanted, ran.stderr
+        assert f"OMP_WAIT_POLICY = '{wanted.upper()}'" in ran.stderr
+
+
+def test_a_program_that_says_nothing_for_five_seconds_says_that_it_lives(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(cli.time, "time", lambda: now[0])
+    naps = iter([1.0] * 12)
+
+    def sleep(_):
+        now[0] += next(naps)
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    monkeypatch.setattr(cli, "PULSE", cli.Pulse())
+    cli.say("loaded", "a model")
+    with pytest.raises(StopIteration):
+        cli.PULSE.beat()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].split() == ["loaded", "a", "model"]
+    assert [line.split()[1] for line in lines[1:]] == ["5", "10"]
+
+
+def test_a_long_step_is_not_silent(tmp_path):
+    code = """
+import cli, time
+cli.PULSE.QUIET = 0.5
+def main():
+    cli.say("work", "begins")
+    time.sleep(2.2)
+cli.run(main)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert ran.stderr.count("since the last line") >= 2
+
+
+def test_the_hosts_memory_running_out_is_a_sentence(capsys):
+    def main():
+        raise MemoryError
+
+    code, _, err = ended(capsys, main)
+    assert code == 1 and "memory ran out" in err and "Traceback" not in err

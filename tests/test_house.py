@@ -644,14 +644,16 @@ PICKLING_CALLS = {"torch.load", "torch.save", "pd.read_pickle"}
 
 
 def sets_the_environment(node):
-    """`os.environ["X"] = …`, in benchmarks/ for the libraries that run beside us."""
+    """`os.environ["X"] = …` and `.setdefault("X", …)`: benchmarks/ for the libraries beside us, cli.py for torch."""
+    if isinstance(node, ast.Attribute) and node.attr == "setdefault":
+        return True
     return isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
 
 
 def environment(house, name):
     tree, found = house.tree[name], []
     setting = set()
-    if name.startswith("benchmarks/"):
+    if name.startswith("benchmarks/") or name == "cli.py":
         setting = {id(n.value) for n in ast.walk(tree) if sets_the_environment(n)}
     for node in ast.walk(tree):
         words = {getattr(node, "id", ""), getattr(node, "attr", "")}
@@ -1092,6 +1094,13 @@ def test_a_flag_that_is_asked_for_everywhere_is_found(tmp_path):
 )
 def test_an_option_from_the_environment_is_found(tmp_path, source):
     assert environment(planted(tmp_path, model=source), "model.py")
+
+
+def test_cli_may_set_the_environment_that_torch_finds_and_read_nothing(tmp_path):
+    source = "import os\nos.environ.setdefault('OMP_WAIT_POLICY', 'passive')\n"
+    assert environment(planted(tmp_path, cli=source), "cli.py") == []
+    assert environment(planted(tmp_path, model=source), "model.py")
+    assert environment(planted(tmp_path, cli=source + "x = os.environ['A']"), "cli.py")
 
 
 def test_a_benchmark_may_set_the_environment_of_others(tmp_path):
