@@ -1,4 +1,13 @@
-"""Memory and time of a run: what is in use, how fast it goes, and which flags help where memory runs out."""
+"""Memory and time of a run: what is in use, how fast it goes, and which flags help where memory runs out.
+
+How much memory a run will take stands in README.md, section "How much memory: which model on which card": a formula for
+each part, and sums for 1B, 8B and 70B beside measured peaks. This file measures a run that is going on:
+
+    "loaded" receipt                 seconds and peak of loading
+    "quant" receipt                  bytes of the frozen linears, before and after
+    metrics.jsonl, each step         tokens_per_s, peak_mem_gb, padding
+    summary.json, last receipts      FIGURES, below
+"""
 
 import cli
 from cli import UserError, say
@@ -13,7 +22,7 @@ import torch
 
 
 def peak_memory(device):
-    """GB: the GPU's allocated peak; on a CPU the anonymous memory now (a memory-mapped file is not counted)."""
+    """GB: on a GPU the peak that torch allocated; on a CPU the memory in use now, without memory-mapped files."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     with contextlib.suppress(OSError):
@@ -29,7 +38,9 @@ def peak_memory(device):
 
 
 def reserved_memory(device):
-    """GB that torch has taken from the GPU at the peak, or None."""
+    """GB that torch took from the GPU at the peak; None without a GPU.
+
+    Reserved is at least allocated, because torch keeps freed blocks for the next tensors. nvidia-smi shows it."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_reserved() / 1e9
@@ -37,6 +48,7 @@ def reserved_memory(device):
 
 def count_frozen(model, dtype):
     """(frozen layers, their bytes in dtype, their bytes as they are kept, bytes of all other weights)."""
+    # Only a frozen layer has mm_t.
     layers = [m for m in model.modules() if hasattr(m, "mm_t")]
     in_dtype = sum(m.in_features * m.out_features for m in layers) * dtype.itemsize
     kept = sum(p.nbytes for m in layers for p in m.parameters())
@@ -57,7 +69,14 @@ def say_quantised(kind, model, dtype):
 
 
 def advice(flags):
-    """The flags that would take less memory, in order of gain. flags {name: value}: those of the run."""
+    """The flags that would take less memory, in order of gain. flags {name: value}: those of the run.
+
+    What they take off at 8B, micro-batches of 8,192 tokens (README.md has the formulas):
+
+        --grad_ckpt            36.51 GB -> 2.15             --offload_ckpt        2.15 GB -> 0.20
+        --fused_loss           8.41 GB -> 0.39              --optim adamw8bit     0.67 GB -> 0.42
+        --quant nf4            13.96 GB -> 3.60             a smaller batch       all but the weights, in proportion
+        --attn flash           the scores of a block, [B, H, T, T]: 134 MB with 32 rows of 256 tokens"""
     is_packed = flags["batching"] == "packed"
     can_offload = all([flags["grad_ckpt"], not flags["offload_ckpt"], not flags["cuda_graph"]])
     helps = {
@@ -77,24 +96,64 @@ def advice(flags):
     return [flag for flag, does in helps.items() if does]
 
 
+def advice_while_loading(flags):
+    """The flags that make a model smaller while it is loaded, in order of gain."""
+    helps = {
+        "--quant nf4": flags["lora_r"] > 0 and flags["quant"] != "nf4",
+        "--dtype bf16": flags["dtype"] == "fp32",
+        "a smaller --model": True,
+    }
+    return [flag for flag, does in helps.items() if does]
+
+
+def is_out_of_memory(error):
+    """Whether an allocation failed. On a CPU torch raises a plain RuntimeError, so only its message tells."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return re.search("out of memory|can't allocate memory", str(error)) is not None
+
+
 @contextlib.contextmanager
-def out_of_memory(model, device, flags):
-    """Which part was the largest, and which flags help, for the one failure that every user meets."""
+def out_of_memory(device, flags, model=None):
+    """A `with` block. Where memory runs out in it, a UserError says how much is held by what, and which flags help.
+
+    model: the model that is trained; None for a block that loads it"""
     try:
         yield
-    except RuntimeError as e:  # torch.OutOfMemoryError is one
-        # A CPU's allocator raises no better than a RuntimeError.
-        on_cpu = re.search("out of memory|can't allocate memory", str(e))
-        if not isinstance(e, torch.OutOfMemoryError) and not on_cpu:
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
             raise
-        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
-        rest = max(0.0, peak_memory(device) - weights)
-        add = ", then ".join(advice(flags))
-        reason = str(e).splitlines()[0]
+        held = peak_memory(device)
+        if model is None:
+            where = f"while the model was loaded, with {held:.1f} GB in use. "
+            flags_that_help = advice_while_loading(flags)
+        else:
+            weights = sum(p.nbytes for p in model.parameters()) / 1e9
+            rest = max(0.0, held - weights)
+            where = f"weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB or more. "
+            flags_that_help = advice(flags)
         raise UserError(
-            f"out of memory: weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB or more. "
-            f"Add {add}. ({reason})"
+            f"out of memory: {where}Add {', then '.join(flags_that_help)}. ({reason(e)})"
         ) from None
+
+
+def reason(error):
+    """The first line of an allocator's message."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def go_on_without(what):
+    """A `with` block that is given up where memory runs out in it, because nothing depends on its result.
+
+    train.py writes its recipes so: a run of hours must not end because a recipe found no memory.
+    Proof: tests/test_train.py: test_out_of_memory_in_a_recipe_costs_the_recipe_only."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        say(what, f"left out, because memory ran out ({reason(e)})")
 
 
 FIGURES = [
@@ -113,7 +172,22 @@ FIGURES = [
 
 
 class Meter:
-    """Time, tokens and memory of the steps of this process."""
+    """Time, tokens and memory of the steps of this process. train.py calls these methods around each step:
+
+        rest()         begin()              launched()               end()                         rest()
+          |   waiting    |     launching       |    the GPU finishes   |   log, evaluate, save        |
+                         |<------------- the time of a step ---------->|
+
+        waiting          the loop asks the loader (data.feed) for the next batches
+        launching        Python launches forward and backward; the GPU works behind it
+        GPU finishes     one_step ends with float(loss), which waits for the GPU
+
+    Is the GPU waiting for data? At end() its queue is empty, so it stands still until begin(). Of that time rest() to
+    begin() is the loader's: waiting_share is its part of the time of all steps and all waiting. A batch that is ready
+    costs microseconds: 0.19 % of the quickest run in README.md, 135M at 23 ms a step, are 44 µs a step.
+
+    host_share is launching / the time of a step. Near 1: the GPU is done when Python is, so the host is the bound, and
+    --cuda_graph or a larger batch helps. The first step is in no share, because it compiles."""
 
     def __init__(self, device, graphs_so_far):
         """graphs_so_far(): how many graphs the compiler has made"""
@@ -125,11 +199,12 @@ class Meter:
         self.steps = 0
         self.seconds = 0.0  # of all steps but the first, which compiles
         self.tokens = 0  # in those seconds
-        self.launching = 0.0  # seconds until backward was launched to its end
-        self.waited = 0.0  # seconds for data
-        self.graphs = []  # compiled so far, after each step
+        self.launching = 0.0  # seconds from begin() to launched(), of the same steps
+        self.waited = 0.0  # seconds from rest() to begin(), from the third step on
+        self.graphs = []  # how many graphs were compiled so far, after each step
         self.first_step = None  # seconds
         self.to_first_step = None  # seconds from the start of the process
+        # Of the present step: when it began, seconds to launched(), when the loop last began to wait.
         self.began = 0.0
         self.launched_after = 0.0
         self.rested = 0.0
@@ -147,19 +222,24 @@ class Meter:
         say("loaded", f"{name} in {self.load:.1f} s{peak}")
 
     def look(self):
+        """Note the memory in use. On a CPU the peak is the largest that was looked at."""
         self.peak = max(self.peak, peak_memory(self.device))
 
     def begin(self):
+        """A step begins: its batches are there."""
         self.began = time.time()
-        # Before the third step the loader's queue fills up.
+        # Leave out the waiting before the first two steps, because the loader's thread only begins to work then.
         if self.steps >= 2:
             self.waited += self.began - self.rested
 
     def launched(self):
+        """Python has launched all of forward and backward. The GPU may still be computing."""
         self.launched_after = time.time() - self.began
 
     def end(self, batches, tell):
-        """A step is over. -> what metrics.jsonl has of its speed and memory. tell(what, text): of the first step"""
+        """A step is over, on the GPU too. -> what metrics.jsonl has of its speed and memory
+
+        tell(what, text) prints the receipt of the first step."""
         took = time.time() - self.began
         tokens = sum(b.real for b in batches)
         padded = sum(b.ids.numel() for b in batches)
@@ -182,11 +262,11 @@ class Meter:
         }
 
     def rest(self):
-        """Evaluation and saving are over: from here on the loop waits for data."""
+        """Logging, evaluation and saving are over. From here to begin() the loop only waits for data."""
         self.rested = time.time()
 
     def summary(self):
-        """The figures of the run, for summary.json. None where there were no steps to tell."""
+        """The figures of the run, for summary.json. A figure is None where too few steps were made to tell."""
         figures = dict.fromkeys(FIGURES)
         figures["peak_mem_gb"] = round(self.peak, 3)
         figures["reserved_mem_gb"] = reserved_memory(self.device)

@@ -21,6 +21,7 @@ TENSORS = {
 }
 SHAPES = {name: t.shape for name, t in TENSORS.items()}
 Q, NORM, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
 
 
 def save_shards(folder, shards):
@@ -101,10 +102,33 @@ def test_a_tensor_is_freed_as_soon_as_the_caller_forgets_it(tmp_path):
         gc.enable()
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", HEAD])
-def test_what_old_checkpoints_store_beside_the_weights_is_passed_over(tmp_path, name):
+def test_what_old_checkpoints_store_beside_the_weights_is_passed_over(tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file(TENSORS | {name: torch.ones(3)}, tmp_path / "model.safetensors")
     assert name not in dict(read(tmp_path, SHAPES, "cpu"))
+
+
+@pytest.mark.parametrize("first", ["head", "embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_that_is_stored_equal_is_passed_over(tmp_path, first, dtype):
+    """In one shard or in two, in either order, in another dtype."""
+    head = {HEAD: TENSORS[EMBED].to(dtype)}
+    files = {"a.safetensors": head, "b.safetensors": TENSORS}
+    if first == "embedding":
+        files = {"a.safetensors": TENSORS, "b.safetensors": head}
+    save_shards(tmp_path, files)
+    assert HEAD not in dict(read(tmp_path, SHAPES, "cpu"))
+
+
+@pytest.mark.parametrize("where", ["one number", "shape"])
+def test_a_tied_head_that_is_stored_and_another_is_refused(tmp_path, where):
+    """It was dropped without a word: the model then had another head than its maker's."""
+    head = TENSORS[EMBED].clone()
+    head[-1, -1] += 1
+    if where == "shape":
+        head = head[:-1].contiguous()
+    save_file(TENSORS | {HEAD: head}, tmp_path / "model.safetensors")
+    refused(tmp_path, SHAPES, HEAD, EMBED, "tie_word_embeddings", "config.json")
 
 
 def test_an_untied_head_is_read_like_any_other(tmp_path):
