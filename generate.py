@@ -14,7 +14,7 @@ The names of the dimensions: B rows (texts at a time), n rows of one pass, T tim
 V vocabulary.
 """
 
-from cli import UserError, say
+from cli import PULSE, UserError, say
 
 import time
 from collections import deque
@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+from tokenizers.decoders import DecodeStream
 
 import model as models
+from speed.compiled import not_compiled
 
 
 @dataclass
@@ -43,13 +45,14 @@ class Sampling:
 
 # --- choosing a token ---
 
-# The constants of splitmix64 (Steele et al. 2014), as signed 64-bit numbers.
+# The constants of splitmix64 (Steele et al. 2014), a generator whose n-th number is a function of seed and n. They are
+# written as signed numbers, because torch multiplies int64. MIX: (right shift, factor) of its two mixing steps.
 GOLDEN = -0x61C8864680B583EB
 MIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
 
 
 def noise_key(seed, prompt, n):
-    """The noise of a text depends on seed, prompt and number of the sample alone: its batch changes nothing."""
+    """A 64-bit key for the noise of one text, from --seed, its prompt, and n: which sample of this prompt it is."""
     told = f"{seed} {n} {list(prompt)}"
     digest = blake2b(told.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
@@ -58,42 +61,62 @@ def noise_key(seed, prompt, n):
 def noise(keys, pos, V):
     """Gumbel noise [B, V], a pure function of keys [B], pos [B] and the column.
 
-    The numbers are those of splitmix64, which every device computes alike. The largest of logit + noise is a draw from
-    the softmax."""
+    What for: the largest of logit + Gumbel noise is a draw from the softmax. One draw from three tokens:
+
+        logits     2.0    1.0    0.0     softmax 0.67, 0.24, 0.09
+        noise      0.1    1.9   -0.4
+        sum        2.1    2.9   -0.4     token 1 is drawn; of many draws 67 % are token 0
+
+    Why a pure function: the numbers of torch's generator depend on how many were drawn before, so a text would depend
+    on its neighbours in the batch. These depend on the text's own key and position. They need no state, so a recorded
+    step can replay them, and every device computes the same integers.
+    Proof, in tests/test_generate.py: test_choose_draws_from_the_softmax, test_a_text_does_not_depend_on_its_batch,
+    test_the_noise_is_gumbel_noise_of_the_key_the_position_and_the_column, test_the_noise_is_splitmix64."""
     columns = torch.arange(V, device=keys.device)
+    # Each position and column of a text has a number of its own.
     counter = pos[:, None] * V + columns  # [B, V]
     x = keys[:, None] + counter * GOLDEN
     for shift, factor in MIX:
-        # >> of an int64 repeats its sign, and the mask takes the repeated signs away.
+        # >> of a negative int64 fills in ones from the left, and splitmix64 wants zeros: `unsigned` masks the ones out.
         unsigned = (1 << 64 - shift) - 1
         x = (x ^ (x >> shift & unsigned)) * factor
-    # The best mixed 23 bits: with the half added they are exact in fp32, so u is never 0 or 1.
+    # Take the top 23 bits, which are mixed best. fp32 holds bits + 0.5 exactly, so u is never 0 or 1.
     bits = x >> 41 & 2**23 - 1
     u = (bits + 0.5) / 2**23
+    # A uniform u becomes Gumbel noise.
     return -(-u.log()).log()
 
 
 def keep_likely(logits, top_k, top_p, min_p):
     """logits [B, V] with all but the likeliest at -inf.
 
-    Kept are the top_k; of those the fewest that together reach top_p; of those what has min_p of the largest
-    probability. What is exactly as likely as the last one kept is kept, too."""
+    Three filters, one after another. With top_k 4 and these probabilities among the four:
+
+        p            0.5    0.3    0.15    0.05
+        before       0      0.5    0.8     0.95     the sum of those to the left
+        top_p 0.7    keep   keep   -       -        keep while before < 0.7: the fewest that together reach 0.7
+        min_p 0.2    keep   keep   keep    -        keep p >= 0.2 * 0.5
+
+    A token exactly as likely as the last one kept is kept, too.
+    Proof: tests/test_generate.py: test_top_k_top_p_and_min_p_keep_exactly_the_likeliest."""
     V = logits.shape[-1]
     k = min(top_k or V, V)
     best = logits.topk(k).values  # [B, k], falling
     p = best.softmax(-1)
-    # A sum of probabilities may be rounded to above 1, so top_p = 1 needs a bound that no sum reaches.
+    # A sum of probabilities may be rounded to 1 or above, so top_p = 1 needs a bound that no sum reaches.
     most = top_p if top_p < 1 else 2
     before = p.cumsum(-1) - p
     enough = min_p * p[:, :1]
     keep = (before < most) & (p >= enough)
-    kept = keep.sum(-1, keepdim=True)  # [B, 1]
+    kept = keep.sum(-1, keepdim=True)  # [B, 1], how many
     least = best.gather(-1, (kept - 1).clamp(0))  # [B, 1], logit of the last one kept
     return logits.masked_fill(logits < least, float("-inf"))
 
 
 def penalise(logits, penalty, seen):
-    """Make what a row holds already less likely (CTRL, Keskar et al. 2019)."""
+    """Make the tokens that a row holds already less likely (CTRL, Keskar et al. 2019).
+
+    Divide a positive logit by the penalty, multiply a negative one: with 1.2, 3 becomes 2.5 and -3 becomes -3.6."""
     less_likely = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, less_likely, logits)
 
@@ -120,7 +143,9 @@ def choose(logits, sampling, keys, pos, seen):
 
 @dataclass
 class Rows:
-    """What the engine knows of each of its rows. A step changes these tensors in place."""
+    """What the engine knows of each of its rows. A step writes into these tensors and makes no new ones.
+
+    So a recorded step finds them at the same addresses."""
 
     token: torch.Tensor  # [B], chosen last
     pos: torch.Tensor  # [B], where that token stands
@@ -147,14 +172,14 @@ class Rows:
 def write_token(model, h, rows, which, sampling):
     """Choose the next token of the rows `which` [n] from their hidden states h [n, C], and write it into `rows`.
 
-    This is a function and no method, so that an Engine may keep its compiled form and still hold no cycle."""
+    A function and no method: an Engine keeps its compiled form, and a compiled method would refer to the Engine."""
     logits = models.logits(model, h)  # [n, V]
     keys = rows.keys[which]
     pos = rows.pos[which]
     seen = rows.seen[which]
     token = choose(logits, sampling, keys, pos, seen)
     rows.token[which] = token
-    # A plain True would be copied from the host; a comparison that always holds is made on the device.
+    # Write True, as a comparison that always holds: a plain True would be copied from the host.
     rows.seen[which, token] = token >= 0
 
 
@@ -163,14 +188,20 @@ def shapes(tensors):
 
 
 class Engine:
-    """Texts in B rows of S positions. Token, position, noise and cache of a row are in tensors that stay where they
-    are: a step has one shape and waits for nobody, so it can be one CUDA graph.
+    """Texts in B rows of S positions: the tensors, and the two kinds of work on them. Which text is in which row is the
+    Scheduler's business.
 
-    An Engine holds no reference to itself: it goes, and its caches with it, with its last name."""
+        read    a pass: prompts into some rows, in one forward; each gets its first new token
+        step    a decode step: one more token for every row, whether somebody reads it or not
+
+    Token, position, noise key and cache of each row are in tensors that keep their address and shape. A step reads
+    nothing from the host. So on a GPU a step can be recorded once, and replayed with one launch.
+
+    An Engine holds no reference to itself, so its caches are freed as soon as nobody holds the Engine."""
 
     @torch.no_grad()
     def __init__(self, model, prompts, sampling):
-        """prompts: all that will be read. The longest says how many positions a row has."""
+        """prompts: all that will be read. The longest, and max_new_tokens, say how many positions a row has."""
         window = model.cfg.max_position_embeddings
         longest = max(len(prompt) for prompt in prompts)
         if longest >= window:
@@ -188,10 +219,12 @@ class Engine:
         self.caches = models.new_caches(model, self.B, self.S)
         self.write_token = write_token
         self.incoming = ()  # the tensors that a pass over prompts reads
-        self.recorded_step = None  # the replay of a CUDA graph, where there is one
+        # Functions that replay a CUDA graph, or None. The recorded pass is for prompts of the shape of `incoming`.
+        self.recorded_step = None
         self.recorded_pass = None
-        if sampling.compile:
-            self.compile()
+        self.can_record = on_one_gpu(model)
+        if sampling.compile or self.can_record:
+            self.warm_up(prompts)
 
     def read(self, rows, prompts, numbers):
         """Take a prompt (token ids) into each of these rows, in one pass, and choose its first new token.
@@ -201,10 +234,11 @@ class Engine:
         if shapes(incoming) != shapes(self.incoming):
             self.incoming = incoming
             self.recorded_pass = None
-        elif self.recorded_pass is None:
-            # Prompts of one shape often come in a row: the second pass of a shape is recorded.
+        elif self.recorded_pass is None and self.can_record:
+            # Record the second pass of a shape in a row: one shape alone is not worth it.
             self.recorded_pass = self.record(self.run_pass)
 
+        # A recorded pass reads its own tensors, so copy the prompts into those.
         torch._foreach_copy_(self.incoming, incoming)
         if self.recorded_pass is not None:
             self.recorded_pass()
@@ -219,7 +253,7 @@ class Engine:
             self.run_step()
 
     def keep(self, rows):
-        """Go on with these rows only."""
+        """Go on with these rows only: the others are not computed from here on. Frees their caches."""
         self.B = len(rows)
         self.rows = self.rows.only(rows)
         self.every = self.every[: self.B]
@@ -231,7 +265,10 @@ class Engine:
         return models.Cache(k, v, self.every)
 
     def send(self):
-        """A function that waits for the tokens chosen last, on their way to the host beside what runs next."""
+        """Begin to copy the tokens chosen last to the host. -> a function that waits for them and returns them
+
+        The copy stands in the GPU's queue behind the step that chose the tokens. So the host can launch the next step
+        before it waits for this copy."""
         if self.device.type != "cuda":
             return self.rows.token.tolist
 
@@ -251,18 +288,19 @@ class Engine:
         lengths = [len(prompt) for prompt in prompts]
         tiles = -(-max(lengths) // 16)
         T = min(self.S, tiles * 16)
-        # On the right a prompt is filled up with its last token: no token sees what follows it.
+        # Round T up to a multiple of 16, so that shapes repeat. Fill a prompt up on the right with its last token,
+        # because no token sees what follows it.
         ids = [prompt + prompt[-1:] * (T - len(prompt)) for prompt in prompts]
         pairs = zip(prompts, numbers, strict=True)
         keys = [noise_key(self.sampling.seed, prompt, n) for prompt, n in pairs]
         return [torch.tensor(x, device=self.device) for x in (ids, rows, lengths, keys)]
 
-    @torch.compiler.set_stance("force_eager")
     def run_pass(self):
-        """Read what is in self.incoming. Not compiled: each length would be a graph of its own."""
+        """Read the prompts in self.incoming. Not compiled, because each new length would compile a graph."""
         ids, which, lengths, keys = self.incoming
         caches = [models.Cache(cache.k, cache.v, which) for cache in self.caches]
-        h = self.model(ids, caches=caches)  # [n, T, C]
+        with not_compiled(self.sampling.compile):
+            h = self.model(ids, caches=caches)  # [n, T, C]
         self.rows.pos[which] = lengths
         self.rows.keys[which] = keys
         nothing = torch.zeros_like(self.rows.seen[which])  # [n, V]
@@ -275,7 +313,7 @@ class Engine:
         token = self.rows.token[:, None]  # [B, 1]
         pos = self.rows.pos[:, None]
         h = self.model(token, pos, self.caches)  # [B, 1, C]
-        # A row that nobody reads any more stays at its last position.
+        # A row whose text is finished goes on computing. Stop it at its last position, where its cache ends.
         self.rows.pos.add_(1).clamp_(max=self.S - 1)
         self.choose_from(h[:, 0], self.every)
 
@@ -283,38 +321,73 @@ class Engine:
         self.write_token(self.model, h, self.rows, which, self.sampling)
 
     # --- compiled and recorded: skip at first reading ---
+    #
+    # Why: a step of SmolLM2-135M is 2,000 launches from Python: on an H100 60 ms, the work itself 4. A recorded
+    # step is one launch. It replays the same kernels, so its tokens are the same.
+    # Cost: the time that warm_up prints. Proof: tests/test_gpu.py:
+    # test_a_step_in_a_cuda_graph_writes_what_an_eager_one_does.
 
-    def compile(self):
+    def warm_up(self, prompts):
+        """Run a pass and two steps for nothing, then record a step.
+
+        The first calls compile, load kernels and set up libraries, and none of that may be recorded. These runs write
+        into row 0 and the caches. That does no harm, because a row's first real prompt overwrites what it will read."""
         began = time.time()
-        for block in self.model.layers:
-            block.compile(dynamic=False)
-        self.write_token = torch.compile(write_token, dynamic=False)
-        # A first call may still set something up, which must not be recorded.
+        what = "cuda_graph"
+        if self.sampling.compile:
+            what = "compile"
+            if self.device.type == "cpu":
+                say(what, "on a CPU this takes a minute or two, and pays for long batches only")
+            for block in self.model.layers:
+                block.compile(dynamic=False)
+            self.write_token = torch.compile(write_token, dynamic=False)
+        # One prompt, sample number 0, into row 0.
+        self.incoming = self.prepare([0], prompts[:1], [0])
+        self.run_pass()
+        # Forget this shape, so that the first real pass counts as the first of its shape.
+        self.incoming = ()
         self.run_step()
         self.run_step()
-        self.recorded_step = self.record(self.run_step)
+        if self.can_record:
+            self.recorded_step = self.record(self.run_step)
         taken = time.time() - began
-        say("compile", f"{taken:.1f} s, for {self.B} row(s) of {self.S} positions")
+        say(what, f"{taken:.1f} s, for {self.B} row(s) of {self.S} positions")
 
     def record(self, work):
-        """work() as one CUDA graph: the function that replays it. None where there are no graphs."""
-        if not self.sampling.compile or self.device.type != "cuda":
-            return None
+        """Record the kernels that work() launches as one CUDA graph. -> the function that launches them again
+
+        Nothing runs while they are recorded. A replay reads and writes the addresses of the recording."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: let other threads make CUDA calls meanwhile, because they do not belong to the graph.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+
+def on_one_gpu(model):
+    """Whether all weights are on a GPU. With an embedding in host memory a step waits for the host: no recording."""
+    return all(p.is_cuda for p in model.parameters())
 
 
 # --- the scheduler ---
 
 
 class Scheduler:
-    """Go on from each prompt until one of `ends`, with an Engine that has fewer rows than there are prompts.
+    """Go on from each prompt until one of `ends`, with an Engine that may have fewer rows than there are prompts.
 
     Iterating yields (index of the prompt, new ids without the end token, ended) as texts are finished. The longest
     prompts are begun first, and a free row takes the next. numbers: which sample of its prompt each text is.
-    on_token(index, id) is called as tokens come: on a GPU one step behind, so that the GPU never waits for it."""
+    on_token(index, id) is called as tokens come.
+
+    On a GPU the host takes tokens one step late (`lag`). t2: the tokens that step 2 chose:
+
+        host    launch step 2, send t2 | wait for t1, take it | launch step 3, send t3 | wait for t2, take it | …
+        GPU     step 1                 | step 2                                        | step 3
+
+    Why: step 3 needs t2 only on the GPU, where it is. So the GPU has step 3 to do while the host looks at t2.
+    Cost: where t2 ends a text, step 3 was launched before the host knows. The text's row computes step 3 for nothing,
+    and `settle` drops that token.
+    Proof: tests/test_generate.py: test_on_a_gpu_tokens_are_taken_one_step_late."""
 
     def __init__(self, engine, prompts, ends, numbers=None, on_token=None):
         self.engine = engine
@@ -326,9 +399,10 @@ class Scheduler:
         self.waiting = sorted(range(len(prompts)), key=self.length)
         self.slots = [None] * engine.B  # which prompt is in each row
         self.texts = {}  # {prompt: its new ids} of what is being written
-        self.sent = deque()  # (tokens on their way, the prompt of each)
+        # (the function that waits for the tokens of a step, which prompt was in each row then)
+        self.sent = deque()
         self.most = engine.sampling.max_new_tokens
-        self.lag = int(engine.device.type == "cuda")  # steps that may be on their way
+        self.lag = int(engine.device.type == "cuda")  # steps whose tokens may still be on their way
         self.together = max(1, engine.B // 8)  # prompts read at once, while other rows wait
 
     def length(self, i):
@@ -352,7 +426,7 @@ class Scheduler:
     def worth_filling(self):
         if not self.waiting:
             return False
-        # All rows wait while some read, so several prompts are read at once.
+        # All rows wait while a pass reads prompts. So begin a pass only for several prompts at once.
         wanted = min(self.together, len(self.waiting))
         return len(self.free()) >= wanted
 
@@ -374,7 +448,7 @@ class Scheduler:
         return begun
 
     def largest_pass(self):
-        """How many prompts may be read at once. A pass has a bounded number of tokens, because they take memory."""
+        """How many prompts may be read at once. A pass has about 8,192 tokens at most, because they take memory."""
         longest = self.length(self.waiting[-1])
         fitting = max(1, 8192 // longest)
         if self.texts:
@@ -382,8 +456,8 @@ class Scheduler:
         return fitting
 
     def worth_shrinking(self):
-        """Whether half of the work would be for nobody. What is compiled has one shape and stays."""
-        if self.waiting or self.engine.sampling.compile:
+        """Whether half of the rows are free and no prompt waits. A compiled or recorded step keeps its one shape."""
+        if self.waiting or self.engine.sampling.compile or self.engine.can_record:
             return False
         return 2 * len(self.free()) >= self.engine.B
 
@@ -394,16 +468,16 @@ class Scheduler:
         self.slots = [self.slots[row] for row in busy]
 
     def settle(self, whose):
-        """Send the tokens chosen last, whose[row] being the prompt of each, and take those that have come.
+        """Send the tokens chosen last, then take those that were sent `lag` steps ago.
 
-        -> [(index, ids, ended)] of the texts that these finish"""
+        whose[row]: the prompt whose token is in that row, or None. -> [(index, ids, ended)] of finished texts"""
         tokens = self.engine.send()
         self.sent.append((tokens, list(whose)))
         finished = []
         while len(self.sent) > self.lag:
             tokens, whose = self.sent.popleft()
             for token, i in zip(tokens(), whose, strict=True):
-                # A row may have no text, or one that was finished a step ago.
+                # Pass over a row without a text, and one whose text ended with the token before.
                 if i in self.texts and self.take(i, token):
                     finished.append(self.finish(i, token))
         return finished
@@ -427,11 +501,27 @@ class Scheduler:
         return i, ids, token in self.ends
 
 
-def generate(model, prompts, ends, numbers=None, **how):
+def generate(model, prompts, ends, numbers=None, on_token=None, **how):
     """Go on from each prompt, all at once. -> [new ids, without the end token], [ended]; how: fields of Sampling."""
     sampling = Sampling(**{"batch_size": len(prompts), **how})
     engine = Engine(model, prompts, sampling)
-    finished = sorted(Scheduler(engine, prompts, ends, numbers))
+    finished = sorted(Scheduler(engine, prompts, ends, numbers, on_token))
     texts = [ids for _, ids, _ in finished]
     ended = [end for _, _, end in finished]
     return texts, ended
+
+
+class Stream:
+    """Prints one text token by token. A character whose bytes are spread over tokens is printed once it is whole."""
+
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer = tokenizer
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        # Decode the prompt first, because a tokenizer may take the space off the first token that it decodes.
+        for token in prompt:
+            self.decoder.step(self.tokenizer, token)
+
+    def add(self, token):
+        piece = self.decoder.step(self.tokenizer, token)
+        print(piece or "", end="", flush=True)
+        PULSE.heard()

@@ -1,12 +1,37 @@
 """LoRA by hand (Hu et al. 2021): y = x · Wᵀ + s · (x · Aᵀ) · Bᵀ; W frozen, A [r, in], B [out, r] trained.
 
-One example: W of 4096 × 4096 holds 16.8 million numbers; at r = 16, A and B hold 131 thousand, 0.8 % of them. B starts
-at zero, so an untrained adapter changes nothing. s is lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski).
+Why: W of 4096 × 4096 holds 16.8 million numbers. At r = 16, A and B hold 16 · (4096 + 4096) = 131 thousand. On all
+seven linears of Llama-3-8B's 32 blocks A and B hold 41.9 million, 0.6 % of the 6.98 billion frozen weights:
 
-In peft each layer runs its own three products and autograd keeps the inputs of each. This file sends the layers that
-share an input (q, k, v; gate, up) through one autograd function: the input is kept once, all A are multiplied at once,
-and W is asked for again in backward instead of being kept. The frozen layers are multiplied by quant.group_mm and
-quant.group_mm_t, so the same lines serve bf16, NF4 and fp8 weights. Files are in PEFT's format, both ways.
+    per block    q, o: 131,072 each    k, v: 81,920 each    gate, up, down: 294,912 each    = 1,310,720
+
+A trained weight takes 16 bytes: itself, its gradient and two states of AdamW, 4 bytes each. A and B take 0.67 GB. All
+8.03 billion weights of 8B would take 128 GB.
+
+B starts at zero, so an untrained adapter changes nothing. A starts at random, because each gradient has the other
+matrix as a factor. With g the gradient of y:
+
+    dB = s · gᵀ · (x · Aᵀ)        not zero from step 1 on, because A is not
+    dA = s · (g · B)ᵀ · x         zero at step 1, because B is; not zero from step 2 on
+
+With A and B both zero, both gradients would be zero at every step, and nothing would train.
+
+s is lora_alpha / r. The adapter's output is a sum of r terms, one for each column of B, so the sum grows with r.
+Dividing by r keeps its size, so r can change and the learning rate stay. s is 2 for lora_alpha = 32 and r = 16.
+rsLoRA (Kalajdzievski 2023) divides by sqrt(r), because r independent terms add up to sqrt(r) times one of them.
+
+What is kept for backward, of the layers that share an input (q, k, v; gate, up): that input, once, and u = x · Aᵀ. One
+autograd function, GroupMatmul, serves all of them. At 8,192 tokens of 8B, q, k and v keep 67 MB, and 0.8 MB of u.
+peft casts the input for each layer's A, and autograd keeps the three casts: 201 MB in bf16. No dequantised W is kept,
+which autograd's own product would do with NF4: 436 MB a block. Instead backward multiplies by W again, by
+quant.group_mm_t. lora.py never sees how W is kept, so the same lines serve bf16, NF4 and fp8 weights.
+
+Cost: the products of rank 16 take 1.10 of the 11.88 ms of a block (README), but are 1 % of the arithmetic. They read
+every activation, and multiply each number of it only R times.
+
+Proof, in tests/test_lora.py: test_untrained_adapter_changes_nothing, test_first_step_moves_b_alone,
+test_group_keeps_its_input_once_and_no_weight; against peft: test_outputs_and_gradients_equal_those_of_peft,
+test_ten_adamw_steps_end_where_those_of_peft_do.
 
     model = load_model(folder, "cuda", torch.bfloat16, quant.make_linear("nf4"))
     adapt(model, r=16, alpha=32)                    # or: load_model(…, adapter="out")
@@ -15,6 +40,7 @@ quant.group_mm_t, so the same lines serve bf16, NF4 and fp8 weights. Files are i
 
 from cli import UserError, say
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -30,22 +56,21 @@ import model as models
 import quant
 from files import disk
 
-# The layers that can be adapted, and the half of a block that has them.
-PARENT = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
+# The layers that can be adapted: (the half of a block that has them, those that share an input).
+GROUPS = [
+    ("self_attn", ["q_proj", "k_proj", "v_proj"]),
+    ("self_attn", ["o_proj"]),
+    ("mlp", ["gate_proj", "up_proj"]),
+    ("mlp", ["down_proj"]),
+]
+PARENT = {name: parent for parent, names in GROUPS for name in names}
 
 
 class LoRA(nn.Module):
-    """A frozen layer (`base`) with its A and B.
+    """A frozen layer (`base`) with its A and B. This class holds tensors; `project` computes with them.
 
-    A and B are fp32 and are cast where they are used: Adam's small steps would be lost in bf16's eight bits."""
+    A and B are fp32 and are cast where they are used, because bf16 would round Adam's small steps away
+    (speed/precision.py has the arithmetic)."""
 
     def __init__(self, base, r, scale, dropout=0.0, generator=None):
         super().__init__()
@@ -54,12 +79,12 @@ class LoRA(nn.Module):
         self.dropout = dropout
         self.bias = base.bias
         device = next(base.parameters()).device
-        # PEFT's kaiming_uniform_ comes to this bound.
+        # Draw A within the bound that PEFT's kaiming_uniform_(a=sqrt(5)) has: 1/64 for 4,096 inputs.
         bound = 1 / math.sqrt(base.in_features)
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
         self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
-        # A model in eval() stays so: no dropout.
+        # A new module is in training mode. Take the mode of the base, so that a model in eval() draws no dropout.
         self.train(mode=base.training)
 
 
@@ -74,17 +99,23 @@ def bases_of(layers):
 def cast_adapters(layers, params, dtype):
     """(A, Bs) of a group in the dtype of the products.
 
-    params: A1, B1, A2, B2, … of the adapted layers. A [R, in] is all their A, one below the other; R is the sum of
-    their ranks. Bs has one [out, R] a layer: scale * B in the layer's own r columns and zeros in the others', so that
-    one u = x · Aᵀ [N, R] serves all. A layer without an adapter has None. With q and v adapted, r = 2:
+    params: A1, B1, A2, B2, … of the adapted layers. All A stand one below the other in A [R, in], and R is the sum of
+    the ranks. So one product u = x · Aᵀ [N, R] serves the whole group. Each layer then takes its own r columns of u,
+    because its B [out, R] is zero in the columns of the others. With q and v adapted and r = 2:
 
-        A    rows 0, 1: q's A    rows 2, 3: v's A
-        Bs   q: [B B 0 0]        k: None        v: [0 0 B B]
-    """
+        A [4, in]     rows 0, 1: A of q       rows 2, 3: A of v
+        u [N, 4]      columns 0, 1: q's       columns 2, 3: v's
+        Bs            q: [B B 0 0]            k: None             v: [0 0 B B]        each times scale
+
+    So u · Bᵀ of v is u0 · 0 + u1 · 0 + u2 · b2 + u3 · b3: v's own product. All layers of a group read the same u, as
+    the fp8 kernel wants it. The zeros cost little: q, k and v at r = 16 have R = 48 beside 4,096 inputs.
+
+    A layer without an adapter has None in Bs."""
     As = params[0::2]
     Bs = list(params[1::2])
     A = torch.cat(As).to(dtype)
     R = A.shape[0]
+    # The number of this layer's first own column.
     begin = 0
     wide = []
     for layer in layers:
@@ -99,7 +130,7 @@ def cast_adapters(layers, params, dtype):
 
 
 def group_forward(x, dropped, layers, *params):
-    """-> ([x · Wᵀ + scale * d · Aᵀ · Bᵀ of each layer], u = d · Aᵀ), with d = dropped, or x where that is None."""
+    """-> ([x · Wᵀ + scale * h · Aᵀ · Bᵀ of each layer], u = h · Aᵀ). h: `dropped`, or x where `dropped` is None"""
     A, Bs = cast_adapters(layers, params, x.dtype)
     seen_by_A = x if dropped is None else dropped
     u = seen_by_A @ A.t()  # [N, R]: one product for all A
@@ -109,8 +140,11 @@ def group_forward(x, dropped, layers, *params):
 class GroupMatmul(torch.autograd.Function):
     """All layers of a group on the input that they share. What is kept for backward: that input once, and u.
 
-    x [N, in] is what the frozen layers see; dropped [N, in] what the A matrices see after dropout, or None: x;
-    params A1, B1, A2, B2, … of the adapted layers among `layers`. -> one [N, out] a layer"""
+    x [N, in]         the input of the frozen layers
+    dropped [N, in]   the input of the A matrices after dropout; None: they see x, too
+    params            A1, B1, A2, B2, … of the adapted layers among `layers`
+
+    -> one y [N, out] a layer"""
 
     @staticmethod
     def forward(ctx, x, dropped, layers, *params):
@@ -122,9 +156,17 @@ class GroupMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        """grads: one [N, out] a layer. y = x Wᵀ + u Bᵀ with u = h Aᵀ gives, by the chain rule,
+        """grads: one g [N, out] a layer, the gradient of that layer's output y = x · Wᵀ + u · Bᵀ, with u = h · Aᵀ.
 
-        du = Σ g · B,   dB = gᵀ · u,   dA = duᵀ · h,   dx = Σ g · W + du · A."""
+        h is what A saw: x, or x after dropout. The chain rule gives, with Σ over the layers of the group:
+
+            du [N, R]   = Σ g · B             u is part of every y
+            dB [out, r] = gᵀ · u              of each layer; u: the layer's own r columns
+            dA [R, in]  = duᵀ · h
+            dx [N, in]  = Σ g · W + du · A    without dropout; with dropout du · A is the gradient of h instead
+
+        Here B stands for what cast_adapters made: scale * B, with zeros in the columns of other layers. So du holds the
+        scale already, and dB, the gradient of the parameter without scale, is multiplied by scale."""
         h, u, *params = ctx.saved_tensors  # [N, in], [N, R]
         A, Bs = cast_adapters(ctx.layers, params, h.dtype)
         du = 0
@@ -134,19 +176,24 @@ class GroupMatmul(torch.autograd.Function):
             if B is None:
                 continue
             r = layer.B.shape[1]
+            # [N, out] · [out, R]: the zeros of B leave the columns of other layers as they are.
             du = du + g @ B  # [N, R]
+            # [out, N] · [N, r]
             dB = g.t() @ u[:, begin : begin + r]  # [out, r]
+            # fp32 like the parameters
             dBs.append(dB.float() * layer.scale)
             begin += r
-        dA = (du.t() @ h).float()  # [R, in], fp32 like the parameters
+        # [R, N] · [N, in]: the gradients of all A, one below the other as in A
+        dA = (du.t() @ h).float()  # [R, in]
         dAs = dA.split([len(A1) for A1 in params[0::2]])
 
         dx = None
         if ctx.needs_input_grad[0]:
-            # W once more, however it is kept. Without dropout h is x, and du · A is a part of its gradient.
+            # Multiply by W again, in whatever format W is kept. Without dropout h is x, so du · A belongs to dx.
             through_A = None if ctx.has_dropout else du
             dx = quant.group_mm_t(bases_of(ctx.layers), grads, through_A, A)
         d_dropped = du @ A if ctx.has_dropout else None
+        # dA1, dB1, dA2, dB2, …: one gradient for each argument of forward, in their order.
         d_params = [d for pair in zip(dAs, dBs, strict=True) for d in pair]
         return dx, d_dropped, None, *d_params
 
@@ -158,16 +205,86 @@ def project(x, layers):
         return models.call_each(x, layers)
     flat = x.flatten(0, -2)  # [N, in]
     dropped = None
-    # dropout is asked first: the compiler would make one graph of training and another of evaluation for `training`.
+    # Ask for dropout first: the compiler would make a graph for each value of `training` that it sees.
     if adapted[0].dropout > 0 and adapted[0].training:
         # One mask for the group; peft draws one a layer.
         dropped = F.dropout(flat, adapted[0].dropout)
-    params = [p for layer in adapted for p in (layer.A, layer.B)]
+    params = adapters_of(layers)
     if torch.is_grad_enabled():
         out = GroupMatmul.apply(flat, dropped, layers, *params)
     else:
-        # An autograd function would break the compiled graph of an evaluation.
+        # Without gradients call the plain function, because an autograd function would break a compiled graph there.
         out, _ = group_forward(flat, dropped, layers, *params)
+    return in_shape_of(x, out, layers)
+
+
+class CastOnce:
+    """Stands in for `project` while A and B do not change: joins, scales and casts A and B of each group once.
+
+    Why: training changes A and B at every step, so `project` calls cast_adapters at every call. Sampling calls it for
+    every token, and on a CPU these casts took a third of a decode step. Here cast_adapters runs once, in __init__.
+
+    An untrained adapter adds nothing, because its B are zero. So a group with zero B computes its frozen layers only.
+    Cost: a second copy of A and B, in the dtype of the products.
+    Proof: tests/test_lora.py: test_an_adapter_that_is_cast_once_has_the_same_logits_to_the_bit,
+    test_an_untrained_adapter_that_stands_still_is_not_computed."""
+
+    def __init__(self, half, dtype):
+        # (the first layer, A, Bs) of each group whose B are not all zero. The first layer tells the groups apart.
+        self.groups = []
+        for _, names in GROUPS:
+            layers = [getattr(half, name) for name in names if hasattr(half, name)]
+            params = adapters_of(layers)
+            if any(B.any() for B in params[1::2]):
+                A, Bs = cast_adapters(layers, params, dtype)
+                self.groups.append((layers[0], A, Bs))
+
+    def __call__(self, x, layers):
+        for first, A, Bs in self.groups:
+            if first is layers[0]:
+                flat = x.flatten(0, -2)  # [N, in]
+                out = quant.group_mm(bases_of(layers), flat, flat @ A.t(), Bs)
+                return in_shape_of(x, out, layers)
+        return models.call_each(x, bases_of(layers))
+
+
+@torch.no_grad()
+def cast_once(model):
+    """Cast the adapter once, for a model that only samples. A later change of A or B has no effect."""
+    dtype = models.product_dtype(model)
+    for half in adapted_halves(model):
+        half.project = CastOnce(half, dtype)
+
+
+@contextlib.contextmanager
+def standing_still(model, unless=False):
+    """A `with` block that trains nothing: A and B are cast at its beginning, and `project` comes back at its end.
+
+    unless: change nothing, for a compiled model, whose graphs contain the casts
+    Proof: tests/test_lora.py: test_training_goes_on_behind_a_model_that_stood_still."""
+    if unless:
+        yield
+        return
+    cast_once(model)
+    try:
+        yield
+    finally:
+        for half in adapted_halves(model):
+            half.project = project
+
+
+def adapted_halves(model):
+    """The attention and MLP modules that have an adapted layer, found inside whatever speed/ put around them."""
+    return [m for m in model.modules() if any(isinstance(layer, LoRA) for layer in m.children())]
+
+
+def adapters_of(layers):
+    """[A1, B1, A2, B2, …] of the adapted ones among the layers"""
+    return [p for layer in layers if isinstance(layer, LoRA) for p in (layer.A, layer.B)]
+
+
+def in_shape_of(x, out, layers):
+    """[y [N, out] of each layer], of an x [..., in] -> [[..., out], …], with the layers' biases"""
     shape = x.shape[:-1]
     return [add_bias(y, layer).view(*shape, -1) for layer, y in zip(layers, out, strict=True)]
 
@@ -192,7 +309,7 @@ def adapt(model, r, alpha, dropout=0.0, targets="all", rslora=False, seed=0):
             )
     model.requires_grad_(requires_grad=False)
     scale = scale_of(alpha, r, rslora)
-    # On the CPU: the same adapter on every device.
+    # Draw on the CPU, so that a seed gives the same adapter on every device.
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for block in model.layers:
@@ -222,7 +339,9 @@ def peft_name(name):
 
 
 def parameters(model):
-    """{PEFT's key: A or B}, in the order of the model, before speed/ wraps its blocks."""
+    """{PEFT's key: A or B}, in the order of the model.
+
+    To be called before speed/ wraps blocks, because a wrapper changes the names of the modules in it."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoRA):
@@ -299,9 +418,10 @@ def load(model, folder):
 
 
 def merging(folder, make_linear):
-    """(a make_linear for model.load that first adds the adapter, W + scale * B · A in fp32; its tensors not used yet).
+    """For --merge. -> (a make_linear for model.load that first adds the adapter, the adapter's tensors not used yet)
 
-    NF4 of the sum, not a sum with NF4: what is finer than its steps would be rounded off."""
+    Add in fp32, and quantise the sum. A W that is in NF4 already stands on NF4's 16 values. Whatever of B · A is less
+    than half the way to the next value would be rounded away there, and that is most of B · A."""
     config = read_config(folder)
     unused = read_tensors(folder)
     scale = scale_of(config["alpha"], config["r"], config["rslora"])
@@ -325,7 +445,7 @@ def merging(folder, make_linear):
 
 
 def fill(model, tensors):
-    """Copy {PEFT's key: tensor} into the model's adapter: each is used once, each A and B filled, or an error says."""
+    """Copy {PEFT's key: tensor} into the model's adapter. An error names a tensor without a place, or a missing one."""
     wanted = parameters(model)
     for key, tensor in tensors.items():
         if key not in wanted:
@@ -367,7 +487,7 @@ def peft_config(base, r, alpha, dropout, targets, rslora):
     }
 
 
-# What PEFT can do and this file does not: the only value that each of these keys may have.
+# PEFT's options that this file does not compute: {key: the only value that it may have}.
 ONLY = {
     "peft_type": "LORA",
     "bias": "none",
@@ -380,11 +500,12 @@ ONLY = {
     "fan_in_fan_out": False,
     "alora_invocation_tokens": None,
 }
+# Initialisations of PEFT that also change W, so that A and B alone are not the adapter.
 CHANGES_THE_BASE = ["pissa", "olora", "corda", "loftq"]
 
 
 def read_config(folder):
-    """The arguments of adapt from adapter_config.json; a variant that is not computed here is refused by name."""
+    """adapter_config.json -> the arguments of adapt. A variant that this file does not compute is an error."""
     path = Path(folder) / "adapter_config.json"
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))

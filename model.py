@@ -6,13 +6,14 @@
 The names of the dimensions, once: B batch, T time, C hidden size, H query heads, K key/value heads, D head size,
 F width of the MLP, V vocabulary, S slots of the KV cache.
 
-Two doors lead into this file. `make_linear` says what becomes of each weight while it is loaded. `project`, an
-attribute of each half of a block, calls the layers that share an input. LoRA, quantisation and fp8 need no other.
+Other files change the model in two ways only, and LoRA, quantisation and fp8 need no other:
+
+    make_linear(name, tensor)   an argument of `load`: makes the layer of each weight, for example one in NF4
+    project(h, layers)          an attribute of each half of a block: calls the layers that share the input h
 """
 
 from cli import UserError
 
-import inspect
 import json
 import math
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 
 from files import weights
 
@@ -59,7 +59,7 @@ FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
 
 
 def read_config(folder):
-    """ModelConfig of a Hugging Face folder. What this file cannot reproduce is refused by name."""
+    """The ModelConfig of a Hugging Face folder. A UserError names each setting that this file cannot reproduce."""
     path = Path(folder) / "config.json"
     try:
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -121,7 +121,7 @@ def refuse(path, stored, rope):
     for size in SIZES:
         value = stored.get(size)
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {size} is {value!r}, where a number is wanted.")
+            raise UserError(f"{path}: {size} is {value!r}, where a number of 1 or more is wanted.")
 
 
 # --- norm and positions ---
@@ -131,7 +131,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019)."""
 
     def __init__(self, C, eps, out_dtype=None):
-        """out_dtype: of what comes out, and so of the products behind the norm; None: as what goes in."""
+        """out_dtype: the dtype of the output, and so of the matmuls behind the norm; None: the input's dtype."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(C))
         self.eps = eps
@@ -139,17 +139,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         dtype = self.out_dtype or x.dtype
-        # The mean of squares overflows fp16 and loses digits in bf16.
+        # Square in fp32, because the mean of squares overflows fp16 and loses digits in bf16.
         x32 = x.float()
         scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return (x32 * scale).to(dtype) * self.weight.to(dtype)
 
 
 def rope_frequencies(cfg):
-    """Angle per position of each of the D/2 pairs, [D/2] fp32 (RoPE, Su et al. 2021).
+    """The angle in radians by which each pair turns from one position to the next, [D/2] fp32 (RoPE, Su et al. 2021).
 
-    Llama 3.1 (`apply_scaling` in its code) slows the pairs whose wavelength is near or beyond the length of its first
-    training. It leaves the quick pairs alone."""
+    A pair is two of the D numbers of a head. Pair 0 turns by 1 radian a position, later pairs turn ever more slowly.
+    Llama 3.1 (`apply_scaling` in its code) was first trained on 8,192 positions. Pairs that turn fewer than 4 times in
+    these are slowed down. Quicker pairs keep their angle."""
     D = cfg.head_dim
     scaling = cfg.rope_scaling
     pairs = torch.arange(0, D, 2, dtype=torch.float32, device="cpu")
@@ -157,18 +158,20 @@ def rope_frequencies(cfg):
     if scaling["rope_type"] == "linear":
         return freq / scaling["factor"]
     if scaling["rope_type"] == "llama3":
-        # How often a pair turns within the length of the first training.
+        # How many full turns a pair makes within the length of the first training.
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
         low = scaling["low_freq_factor"]
         high = scaling["high_freq_factor"]
-        # 1: a quick pair, which stays. 0: a slow pair, which is divided by the factor.
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * freq + (1 - keep) * freq / scaling["factor"]
+        # 1: a quick pair, whose angle stays. 0: a slow pair, whose angle is divided by the factor.
+        quick = ((turns - low) / (high - low)).clamp(0, 1)
+        return quick * freq + (1 - quick) * freq / scaling["factor"]
     return freq
 
 
 def rotate(x, cos, sin):
-    """RoPE on x [B, H or K, T, D] with cos, sin [B or 1, 1, T, D/2]: the pairs are (i, i + D/2), as in Hugging Face."""
+    """RoPE on x [B, H or K, T, D] with cos and sin [B or 1, 1, T, D/2].
+
+    The pairs are (i, i + D/2), as in Hugging Face's weights: 4 numbers have the pairs (0, 2) and (1, 3)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -177,29 +180,39 @@ def rotate(x, cos, sin):
 
 
 class Documents(NamedTuple):
-    """A packed row: documents end to end. A token sees the earlier tokens of its own document, nobody else's."""
+    """A packed row: documents (here recipes) end to end. A token sees the earlier tokens of its own document only.
 
-    cu_seqlens: (
-        torch.Tensor
-    )  # [docs + 1] int32: where each document begins, and where the last one ends
+        tokens       a0 a1 a2 b0 b1 b2 b3
+        document      0  0  0  1  1  1  1
+        position      0  1  2  0  1  2  3
+        cu_seqlens   [0, 3, 7]
 
-    def of(self, t):
-        """The document of each position t [T]."""
+    The name cu_seqlens (cumulative sequence lengths) is that of flash attention's own argument."""
+
+    # [docs + 1] int32: where each document begins, and where the last one ends
+    cu_seqlens: torch.Tensor
+
+    def document_of(self, t):
+        """The number of the document at each position t [T]."""
         return torch.searchsorted(self.cu_seqlens, t, right=True, out_int32=True) - 1
 
     def positions(self, t):
-        """Positions begin at 0 in each document. t [T] -> [1, T]"""
-        return (t - self.cu_seqlens[self.of(t)])[None]
+        """The position of each token in its own document, from 0. t [T] -> [1, T]"""
+        return (t - self.cu_seqlens[self.document_of(t)])[None]
 
     def mask(self, t):
-        """Who sees whom, where varlen attention is not to be had. t [T] -> [1, 1, T, T]"""
-        document = self.of(t)
+        """True where a token (third dimension) sees another one (fourth). t [T] -> [1, 1, T, T]
+
+        Used where varlen attention does not run: scores between documents are computed, then masked."""
+        document = self.document_of(t)
         same = document[:, None] == document
         return (same & (t[:, None] >= t))[None, None]
 
 
 def takes_documents(device, dtype, attn, D):
-    """Whether varlen attention runs here. Elsewhere a packed row is masked, and what is masked is computed."""
+    """Whether varlen attention runs: on CUDA from Ampere on, in 16 bits, for head sizes that its kernel has.
+
+    Elsewhere a packed row is masked."""
     if attn == "naive" or device.type != "cuda":
         return False
     fits = dtype.itemsize == 2 and D % 8 == 0 and D <= 256
@@ -207,37 +220,72 @@ def takes_documents(device, dtype, attn, D):
 
 
 def attention(q, k, v, mask, documents, attn, longest):
-    """q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D].
+    """q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D], in one of four ways:
 
-    mask: bool [B, 1, T, S], or None: causal. As padding is on the right, no real token sees padding.
-    documents: of a packed row (B = 1), none of them longer than `longest`, for varlen attention; or None."""
+        varlen_attention      a packed row, on a GPU that has the kernel
+        one_token_attention   sampling: one new token a row, against the KV cache
+        naive_attention       --attn naive
+        flash_attention       everything else
+
+    mask: bool [B, 1, T, S], or None: causal. Padding stands on the right, so no real token sees padding.
+    documents: the Documents of a packed row (B = 1), each of `longest` tokens or fewer; None: not packed or masked.
+
+    Why flash: naive attention holds the scores of every pair of tokens. For one block of Llama-3-8B, in bf16:
+
+        32 rows of 256 tokens    32 rows * 32 heads * 256 * 256 * 2 bytes = 134 MB
+        1 row of 4,096 tokens             32 heads * 4096 * 4096 * 2 bytes = 1.07 GB
+
+    Naive attention keeps the softmax of these scores, as many bytes, for backward: 4.3 GB or 34 GB in 32 blocks without
+    --grad_ckpt.
+    Flash attention computes the scores tile by tile and never holds them (Dao et al. 2022). Flash keeps one fp32
+    number a head and token for backward, the logsumexp: 8,192 tokens * 32 heads * 4 bytes = 1 MB a block.
+    Cost: flash computes each tile of scores again in backward. The sums differ from naive ones in the last bits. Cards
+    before Ampere have no flash kernel for grouped heads, so PyTorch holds the scores there.
+    Proof: test_naive_and_flash_attention_give_the_same_loss_and_gradients (tests/test_model.py), and
+    test_attn_naive_holds_the_scores_and_flash_does_not (tests/test_witness.py)."""
     if documents is not None:
         return varlen_attention(q, k, v, documents, longest)
-    T = q.shape[2]
-    if T == 1 and mask is not None and k.shape[1] < q.shape[1]:
+    if q.shape[2] == 1 and mask is not None and k.shape[1] < q.shape[1]:
         return one_token_attention(q, k, v, mask)
     if attn == "naive":
         return naive_attention(q, k, v, mask)
     return flash_attention(q, k, v, mask)
 
 
-# torch 2.11: varlen_attn wants as many key heads as query heads; enable_gqa came in 2.12.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
 def varlen_attention(q, k, v, documents, longest):
-    """Flash attention inside each document of a packed row; scores between documents are never computed."""
-    if not GROUPED:
+    """Flash attention inside each document of a packed row.
+
+    Why: scores between documents are never computed. 16 recipes of 256 tokens fill a row of 4,096: 16 * 256 * 256
+    scores a head in place of 4096 * 4096, which is a sixteenth.
+    Cost: the kernel runs on CUDA from Ampere on, and in 16 bits. Elsewhere a mask keeps recipes apart, saving nothing.
+    Proof: test_losses_of_packed_recipes_are_those_of_padded_ones (tests/test_gpu.py) on a GPU, and with the mask
+    test_a_neighbours_tokens_do_not_change_a_packed_recipe_at_all (tests/test_train.py)."""
+    # This import brings the compiler along, which takes 2 s, so only those pay who pack.
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11: varlen_attn wants as many key heads as query heads, so k and v are repeated. From 2.12 on enable_gqa
+    # does without. test_gradients_of_a_packed_row (tests/test_gpu.py) passes without the repetition then.
+    grouped = {}
+    if torch.__version__ >= (2, 12):
+        grouped["enable_gqa"] = True
+    else:
         k = repeat_heads(k, q.shape[1])
         v = repeat_heads(v, q.shape[1])
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, H or K, D]
     cu = documents.cu_seqlens
-    y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **GROUPED)
+    y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **grouped)
     return y.transpose(0, 1)[None]
 
 
 def one_token_attention(q, k, v, mask):
-    """One new token against the cache: the H / K queries that share a key are rows of one product."""
+    """Sampling's attention: one new token a row, q [B, H, 1, D], against the whole cache, k and v [B, K, S, D].
+
+    The scores [B, H, 1, S] are small, 2 MB a block for 32 rows of 1,024 tokens at 8B: holding them costs nothing. What
+    takes time is reading the cache.
+    8B has H / K = 4 queries for each key: as 4 rows of one product these read the key once. Repeating the keys for
+    flash attention would write 4 copies first: for these rows 17 GB a step, beside a cache of 4.3 GB.
+    The mask hides the slots that a row has not written yet, because rows of different lengths share the cache.
+    Proof: test_cached_steps_equal_the_full_forward (tests/test_model.py)."""
     B, H, _, D = q.shape
     K = k.shape[1]
     rows = q.view(B, K, H // K, D)
@@ -245,8 +293,8 @@ def one_token_attention(q, k, v, mask):
 
 
 def flash_attention(q, k, v, mask):
-    """Scores [T, S] are never held in memory (Dao et al. 2022)."""
-    # The CUDA kernels for masks and for fp32 want as many key heads as query heads.
+    """Attention without the scores in memory: why, cost and proof stand at `attention`."""
+    # Repeat k and v for a mask or fp32, because CUDA's kernels for these want as many key as query heads.
     grouped = not (q.is_cuda and (mask is not None or q.dtype == torch.float32))
     if not grouped:
         k = repeat_heads(k, q.shape[1])
@@ -255,7 +303,7 @@ def flash_attention(q, k, v, mask):
 
 
 def naive_attention(q, k, v, mask):
-    """The four plain lines."""
+    """Attention in plain lines, for reading and for comparison: the scores of all pairs are held."""
     k = repeat_heads(k, q.shape[1])
     v = repeat_heads(v, q.shape[1])
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # [B, H, T, S]
@@ -277,7 +325,7 @@ def repeat_heads(x, H):
 
 
 def call_each(h, layers):
-    """The default of `project`: each of the layers that share the input h."""
+    """The default of `project`: call each of the layers that share the input h. -> a list of their outputs"""
     return [layer(h) for layer in layers]
 
 
@@ -293,7 +341,8 @@ class Attention(nn.Module):
         self.attn = attn
         self.longest = longest
         self.D = D
-        self.project = call_each  # lora.py and quant.py put their own here
+        # lora.py and quant.py replace this function by their own.
+        self.project = call_each
         self.input_layernorm = RMSNorm(C, cfg.rms_norm_eps, product_dtype)
         self.q_proj = nn.Linear(C, H * D, bias=cfg.attention_bias)
         self.k_proj = nn.Linear(C, K * D, bias=cfg.attention_bias)
@@ -336,31 +385,37 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Two halves, each with its norm and its residual sum: attention, then MLP."""
+
     def __init__(self, cfg, attn, longest, product_dtype):
         super().__init__()
         self.self_attn = Attention(cfg, attn, longest, product_dtype)
         self.mlp = MLP(cfg, product_dtype)
 
-    def forward(self, x, *how):
-        return self.mlp(self.self_attn(x, *how))
+    def forward(self, x, *attention_arguments):
+        """attention_arguments: cos, sin, cache, pos, mask, documents, as in Attention.forward."""
+        return self.mlp(self.self_attn(x, *attention_arguments))
 
 
-# --- the keys and values of what was read before ---
+# --- the KV cache: keys and values of earlier tokens, for sampling ---
 
 
 @dataclass
 class Cache:
-    """Keys and values of one block, allocated once, of which `rows` are written, each at its own positions.
+    """The keys and values of one block, allocated once. Each row writes at its own positions.
 
-    So rows of different lengths share a batch: what padding left in a row is overwritten before the row's mask
-    reaches it."""
+    Rows of different lengths therefore share a batch: a row of 3 tokens in a prompt batch of width 5 writes slots 0 to
+    4. The mask of its next token covers slots 0 to 3, and slot 3 is written first: padding is never seen.
+    Size at 8B in bf16: 2 * 8 heads * 128 * 2 bytes = 4 kB a token and block, 131 kB a token in all 32 blocks."""
 
     k: torch.Tensor  # [B, K, S, D]
-    v: torch.Tensor
-    rows: torch.Tensor  # [b]
+    v: torch.Tensor  # [B, K, S, D]
+    rows: torch.Tensor  # [b]: the rows that the next call of `put` writes
 
     def put(self, k, v, pos):
-        """k, v [b, K, T, D] at pos [b, T]. A prompt (T > 1) attends to itself, a single token to the whole cache."""
+        """Write k and v [b, K, T, D] at the positions pos [b, T]. -> the k and v to attend to
+
+        A prompt (T > 1) attends to itself only, a single token to the whole cache."""
         rows = self.rows[:, None]
         self.k[rows, :, pos] = k.transpose(1, 2)
         self.v[rows, :, pos] = v.transpose(1, 2)
@@ -369,12 +424,16 @@ class Cache:
         return k, v
 
 
+def product_dtype(model):
+    """The dtype of the products, and of keys and values."""
+    return model.norm.out_dtype or model.stream_dtype or model.embed_tokens.weight.dtype
+
+
 def new_caches(model, B, S):
-    """One empty Cache a block, for B rows of S positions."""
-    dtype = model.norm.out_dtype or model.stream_dtype or model.embed_tokens.weight.dtype
+    """A list of empty Caches, one a block, for B rows of S positions."""
     device = model.lm_head.weight.device
-    K = model.cfg.num_key_value_heads
-    new = partial(torch.zeros, B, K, S, model.cfg.head_dim, dtype=dtype, device=device)
+    shape = [B, model.cfg.num_key_value_heads, S, model.cfg.head_dim]
+    new = partial(torch.zeros, shape, dtype=product_dtype(model), device=device)
     return [Cache(new(), new(), torch.arange(B, device=device)) for _ in model.layers]
 
 
@@ -383,16 +442,20 @@ def new_caches(model, B, S):
 
 class Llama(nn.Module):
     def __init__(self, cfg, attn="flash", stream_dtype=None, product_dtype=None, longest=None):
-        """attn: naive, or flash (cudnn is flash by another kernel). stream_dtype: of the residual stream; None: as the
-        embedding is stored. product_dtype: of what norms give out; None: the stream's. longest: the most tokens of a
-        document in a packed row; None: the model's window."""
+        """attn: "naive", or "flash" ("cudnn" is flash by another kernel, see speed/precision.py).
+        stream_dtype: the dtype of the residual stream; None: the embedding's.
+        product_dtype: the dtype of the norms' outputs, and so of the matmuls behind them; None: the stream's.
+        longest: the most tokens of a document in a packed row; None: the model's window."""
         super().__init__()
         C = cfg.hidden_size
         longest = longest or cfg.max_position_embeddings
         self.cfg = cfg
         self.attn = attn
         self.stream_dtype = stream_dtype
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, C)
+        # nn.Embedding(V, C) would draw random numbers on the meta device, and for that import the compiler: 2 to 6 s.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(cfg.vocab_size, C), freeze=False
+        )
         self.layers = nn.ModuleList(
             Block(cfg, attn, longest, product_dtype) for _ in range(cfg.num_hidden_layers)
         )
@@ -401,10 +464,12 @@ class Llama(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(cfg), persistent=False)
 
     def forward(self, ids, pos=None, caches=None, cu_seqlens=None):
-        """ids [B, T], pos [B, T] (None: 0, 1, 2 … in each row), caches one a block. -> [B, T, C] after the last norm.
+        """ids [B, T] -> [B, T, C] after the last norm. Three uses:
 
-        With caches, T > 1 is a prompt that starts at position 0 and T = 1 the next token of each row. cu_seqlens
-        [docs + 1], int32: the one row is documents end to end; positions begin anew, attention stays in a document."""
+        training   ids alone: causal attention in each row, positions 0, 1, 2, …
+        packed     cu_seqlens [docs + 1] int32: the one row is Documents, which see nothing of each other
+        sampling   pos [B, T] and caches (one a block): T > 1: a prompt from position 0 on; T = 1: each row's next token
+        """
         x = self.embed(ids)
         t = torch.arange(ids.shape[1], device=ids.device)
         mask = None
@@ -417,7 +482,7 @@ class Llama(nn.Module):
                 documents = None
         elif pos is None:
             pos = t[None]
-        elif caches is not None and ids.shape[1] == 1:
+        elif caches is not None and len(t) == 1:
             slots = torch.arange(caches[0].k.shape[2], device=ids.device)
             mask = (slots <= pos[:, :, None])[:, None]  # [B, 1, 1, S]
         angle = pos[:, None, :, None] * self.frequencies  # [B or 1, 1, T, D/2]
@@ -429,26 +494,29 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def embed(self, ids):
-        """ids [B, T] -> [B, T, C] on the device of ids; the embedding may be in host memory."""
+        """ids [B, T] -> [B, T, C] on the device of ids; --offload_embed keeps the embedding itself on the host."""
         x = self.embed_tokens(ids.to(self.embed_tokens.weight.device))
         x = x.to(ids.device, self.stream_dtype or x.dtype)
         if torch.is_grad_enabled() and not x.requires_grad:
-            # The first block's input then is of the same kind as the others', and shares their compiled graph.
+            # The first block's input requires a gradient like the others', so that all blocks share a compiled graph.
             x.requires_grad_()
         return x
 
 
 def places(model, halves):
-    """Where the blocks of a model stand, or their halves: [(parent module, name in it)], in the order of forward.
+    """Where speed/ puts its wrappers around blocks: [(parent module, name in the parent)], in the order of forward.
 
-    speed/ wraps what stands there and puts the wrapper in the same place."""
+        halves False    [(layers, "0"), (layers, "1"), …]
+        halves True     [(block 0, "self_attn"), (block 0, "mlp"), (block 1, "self_attn"), …]
+
+    --offload_ckpt needs halves, because the inputs of attention and of MLP both leave for the host."""
     if not halves:
         return [(model.layers, str(i)) for i in range(len(model.layers))]
     return [(block, half) for block in model.layers for half in ("self_attn", "mlp")]
 
 
 def size(model):
-    """How many weights it has; a tied head counts once."""
+    """How many weights a model has; a tied head counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -459,7 +527,9 @@ def takes_packed(model, device):
 
 
 def logits(model, h):
-    """h [..., C] -> [..., V]. On a GPU in fp32: bf16 rounds what is above 16 to eighths, and the two best to a tie."""
+    """h [..., C] -> logits [..., V]. On a GPU the logits are fp32 whatever dtype h has.
+
+    bf16 has 8 bits of mantissa: above 16 its steps are 1/8, so the two best logits are often rounded to a tie."""
     W = model.lm_head.weight.to(h.dtype)
     if h.is_cuda and h.dtype != torch.float32:
         flat = h.reshape(-1, h.shape[-1])

@@ -1,5 +1,7 @@
 """How good a model is: its loss on held-out recipes, and what can be counted in the texts that it writes."""
 
+from cli import Progress
+
 import re
 from collections import Counter
 
@@ -7,7 +9,7 @@ import torch
 
 import data
 import recipes
-from generate import generate
+from generate import Stream, generate
 
 INGREDIENT = re.compile(r"^- (.+)", re.MULTILINE)
 STEP = re.compile(r"^(\d+)\. (.+)", re.MULTILINE)
@@ -15,11 +17,12 @@ WHOLE_RECIPE = re.compile(r"\n\nIngredients:\n(- .+\n){2,}\nDirections:\n(\d+\. 
 
 
 def held_out_batches(held, cfg, device):
-    """The held-out recipes as batches on the device, the longest first."""
+    """The held-out recipes as batches on the device, the longest first, so that memory runs out at once or never."""
     lengths = held.lengths(held.indices)
     order = (-lengths).argsort(kind="stable")
     steps = [[held.indices[rows]] for rows in data.cut(order, lengths, cfg)]
-    for (batch,) in data.feed(held, steps, device, cfg.mask_prompt, cfg.budget):
+    progress = Progress(len(steps), "evaluate", says_end=False)
+    for (batch,) in progress.over(data.feed(held, steps, device, cfg.mask_prompt, cfg.budget)):
         yield batch
 
 
@@ -38,22 +41,34 @@ def held_out_loss(model, loss_of, batches):
 
 
 def show_recipe(model, text, title, seed):
-    """Print the recipe that the model writes under a title."""
+    """Print the recipe that the model writes under a title, token by token as it comes."""
     was_training = model.training
     model.eval()
-    (ids,), (ended,) = generate(model, [text.prompt(title)], text.ends, seed=seed)
-    model.train(mode=was_training)
-    cut = "" if ended else f"[cut off at {len(ids)} tokens]"
-    print(f"{title}{text.decode(ids)}\n{cut}", flush=True)
+    prompt = text.prompt(title)
+    stream = Stream(text.tokenizer, prompt)
+    print(title, end="", flush=True)
+    try:
+        (ids,), (ended,) = generate(
+            model,
+            [prompt],
+            text.ends,
+            on_token=lambda _, token: stream.add(token),
+            seed=seed,
+        )
+    finally:
+        # Put the mode back after an error, too: where memory ran out, the caller goes on training.
+        model.train(mode=was_training)
+        print(flush=True)
+    print("" if ended else f"[cut off at {len(ids)} tokens]", flush=True)
 
 
 def titles(held, text):
-    """The prompts of the held-out recipes: what a run is asked to write."""
+    """The prompts of the first 1,024 held-out recipes: what a run is asked to write."""
     return [title_of(i, held, text) for i in held.indices[:1024]]
 
 
 def title_of(i, held, text):
-    """The prompt of a recipe or, where it has none, its first tokens."""
+    """The prompt of a recipe, or its first 8 tokens where it has no prompt."""
     ids, at = held.recipe(i, mask_prompt=True)
     completion = at[0]
     bos = len(text.bos)
@@ -63,10 +78,12 @@ def title_of(i, held, text):
 
 
 def measure(texts):
-    """What can be counted in [(text behind a title, whether the model ended it)].
+    """Count in texts [(text behind a title, whether the model ended it)]. ->
 
-    -> the share of texts that are whole recipes; of all ingredients the share that the steps name; of all steps the
-    share that repeats another of its recipe; of all runs of three words the share of different ones"""
+    recipes             of all texts, the share that is a whole recipe
+    ingredients_used    of all listed ingredients, the share that the steps of their recipe name
+    steps_repeated      of all steps, the share that repeats an earlier step of its recipe word for word
+    distinct_3          of all sequences of three words, the share of different ones: "a b c a b c" has 3 of 4"""
     whole_recipes = 0
     ingredients_used = 0
     ingredients_listed = 0
@@ -96,7 +113,7 @@ def measure(texts):
 
 
 def is_whole_recipe(text, numbers):
-    """Whether two ingredients and two steps or more stand where they should, and the steps are counted from 1 on."""
+    """Whether the text is a list of two or more ingredients, then two or more steps numbered 1, 2, 3 …"""
     text = text.rstrip() + "\n"
     if not WHOLE_RECIPE.fullmatch(text):
         return False

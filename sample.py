@@ -1,19 +1,20 @@
-"""Recipes out of a trained run, or out of any model.
+"""Write recipes with a trained run, or continue any text with any model.
 
-    python sample.py                                        # a held-out title of the run in out/
+    python sample.py                                        # a recipe for a title that the run in out/ held out
     python sample.py --title "Omelette" --ingredients "eggs, butter" --seed 1
     python sample.py --prompts titles.txt --json            # a prompt a line, or {"title": …}, {"prompt": …}
     python sample.py --model org/name --prompt "Once upon"  # no run: a base model as it is
-    python sample.py --eval 32                              # base and run side by side on held-out titles
+    python sample.py --eval 32                              # measure base model and run on 32 held-out titles
 
-This file says what is asked, of which model, and prints what comes. How a text is written, token by token, is in
-generate.py; what is counted by --eval is in quality.py.
+This file reads the prompts, loads the model and prints the texts. generate.py writes a text token by token; quality.py
+computes the numbers of --eval.
 """
 
 import cli
 from cli import UserError, say
 
 import gc
+import itertools
 import json
 import math
 import re
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 import data
 import lora
@@ -32,8 +32,8 @@ import quant
 import recipes
 from files import disk, hub
 from files.run import read_run
-from generate import Engine, Sampling, Scheduler
-from speed import compiled, precision
+from generate import Engine, Sampling, Scheduler, Stream
+from speed import compiled, memory, precision
 from speed.loss import chunked
 from text import IDS, Text
 
@@ -41,35 +41,35 @@ from text import IDS, Text
 @dataclass
 class Config:
     # fmt: off
-    run: str = ""                      # folder of a run, or its best/; out where no --model is named
-    model: str = ""                    # a base model without a run (folder, .gguf, org/name); with --run: its base
-    title: str = ""                    # title of the recipe to write; none: one that the run held out
-    ingredients: str = ""              # what it is made of, with commas; needs --title
-    prompt: str = ""                   # any text to go on from
-    prompts: str = ""                  # a file: a prompt a line, or JSON objects with prompt, or title and ingredients
-    chat: bool = False                 # a prompt is a user's turn, put into the model's own chat template
-    json: bool = False                 # one JSON object a text on stdout, in the order of the prompts
-    eval: int = 0                      # measure base and run on this many held-out titles
-    num_samples: int = 1               # texts for each prompt
-    temperature: float = 0.7           # 0: always the likeliest token
-    top_k: int = 50                    # choose among the k likeliest; 0: all
-    top_p: float = 1.0                 # choose among the likeliest that together have this probability
-    min_p: float = 0.0                 # choose among those at least this times as likely as the likeliest
-    repetition_penalty: float = 1.0    # above 1: what was there before becomes less likely (CTRL, Keskar et al. 2019)
-    max_new_tokens: int = 400          # stop here if the model has not stopped by itself
-    seed: int = 1                      # the same prompt and seed give the same text, whatever else is in the batch
-    batch_size: int = 16               # texts that are written at a time
-    quant: Literal["none", "nf4", "fp8"] = "none"  # how the base's weights are kept: 4 or 8 bits -> quant.py
-    merge: bool = False                # add the adapter to the weights: fewer products a token
-    compile: bool = False              # torch.compile; a token is then one CUDA graph
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # arithmetic
-    device: str = "auto"               # cuda, mps, cpu
-    cache: str = ".cache"              # downloads and converted models; beside the code unless absolute
+    run: str = ""                      # folder of a train.py run, or its best/; none: out, or no run with --model
+    model: str = ""                    # base model (folder, .gguf, org/name) to sample; with --run: the adapter's base
+    title: str = ""                    # title of the recipe to write; none: a title from the run's held-out recipes
+    ingredients: str = ""              # ingredients of the recipe to write, separated by commas; needs --title
+    prompt: str = ""                   # free text for the model to continue, instead of a recipe title
+    prompts: str = ""                  # file of prompts: one a line, or JSON lines with "prompt", or "title"
+    chat: bool = False                 # wrap each prompt as a user message in the model's own chat template
+    json: bool = False                 # print each written text as one JSON line on stdout, in the order of the prompts
+    eval: int = 0                      # compare base model and run on this many held-out titles; 0: write texts
+    num_samples: int = 1               # texts to write for each prompt
+    temperature: float = 0.7           # randomness: a higher number is more varied; 0: always the likeliest token
+    top_k: int = 50                    # sample only from this many likeliest tokens; 0: from all tokens
+    top_p: float = 1.0                 # sample only from the likeliest tokens that together have this probability
+    min_p: float = 0.0                 # sample only from tokens with this share of the likeliest token's probability
+    repetition_penalty: float = 1.0    # above 1: tokens already in the text become less likely (CTRL, Keskar 2019)
+    max_new_tokens: int = 400          # most tokens of a text, if the model does not end the text earlier
+    seed: int = 1                      # random seed: same prompt and seed give the same text, in any batch
+    batch_size: int = 16               # texts that are written at the same time
+    quant: Literal["none", "nf4", "fp8"] = "none"  # storage of the base's weights: as --dtype, in 4 or in 8 bits
+    merge: bool = False                # add the LoRA adapter into the base weights first: fewer products for each token
+    compile: bool = False              # use torch.compile: starts later, writes faster
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: by device
+    device: str = "auto"               # device to run the model on: auto, cuda, mps or cpu
+    cache: str = ".cache"              # folder for downloads and converted models; if relative, in the code's folder
     # fmt: on
 
 
 def check(cfg):
-    """Flags out of range, or that exclude each other, said before anything is loaded."""
+    """Refuse flags that are out of range or exclude each other, before anything is loaded."""
     cli.bound(
         cfg,
         num_samples=(1, 10**6),
@@ -122,7 +122,7 @@ class Asked:
 def all_asked(cfg, text, info):
     """Every text to write, num_samples for each prompt, in the order of the prompts."""
     rows = prompt_rows(cfg, info)
-    # bytes of the command line that are no UTF-8 arrive as lone surrogates
+    # Python hands over bytes of the command line that are no UTF-8 as lone surrogates.
     if re.search("[\ud800-\udfff]", json.dumps(rows, ensure_ascii=False)):
         raise UserError(
             "a prompt holds a lone surrogate, or bytes that are no UTF-8: no tokenizer takes it."
@@ -174,16 +174,17 @@ def read_prompt(line):
         return {"prompt": line}
     row = json.loads(line)
     first = row["prompt"] if "prompt" in row else row["title"]
-    # To join them fails where one is no text.
+    # Join them only to raise a TypeError where one is no text.
     "".join([first, *row.get("ingredients", "")])
     return row
 
 
 def beginning(text, row, chat=False):
-    """(token ids, shown text) of what a model is to go on from.
+    """(token ids, shown text) that the model continues.
 
-    row: {"prompt"}, or {"title", "ingredients"}: a recipe's beginning, up to the number of the first step. chat: the
-    prompt is a user's turn, and the beginning ends where it is the assistant's."""
+    {"prompt"}                     the prompt; with `chat`, the template up to where the assistant's turn begins
+    {"title"}                      the title
+    {"title", "ingredients"}       title, list of ingredients, "Directions:" and the number of the first step"""
     if "prompt" not in row:
         completion = recipe_beginning(row.get("ingredients", ""))
         return text.prompt(row["title"], completion), row["title"] + completion
@@ -193,7 +194,7 @@ def beginning(text, row, chat=False):
 
 
 def recipe_beginning(ingredients):
-    """What stands between a title and the first step. ingredients: a list, or a text with commas"""
+    """The text of a recipe between its title and its first step. ingredients: a list, or a text with commas"""
     if isinstance(ingredients, str):
         ingredients = ingredients.split(",")
     items = [item.strip() for item in ingredients if item.strip()]
@@ -219,7 +220,7 @@ def chat_ids(text, prompt):
 
 @dataclass
 class Source:
-    """Where a model comes from."""
+    """Where a model comes from. A base alone has no run; a run with --lora_r 0 is its own base and has no adapter."""
 
     base: Path  # folder of a whole model
     run: Path | None = None  # folder of the run
@@ -255,6 +256,7 @@ def load(cfg):
         raise UserError("--merge: there is no adapter here to add to the weights; leave it out.")
     if cfg.compile:
         compiled.start_compiler()
+        compiled.wait_for_compiler()
 
     model = lora.load_model(
         source.base,
@@ -263,11 +265,12 @@ def load(cfg):
         quant.make_linear(cfg.quant),
         adapter=source.adapter,
         merge=cfg.merge,
-        # A residual stream in fp32 costs nothing where few rows are written, and less is rounded off.
+        # Keep the residual stream in fp32, because that rounds less, and costs nothing with few rows.
         stream_dtype=torch.float32,
         product_dtype=compute,
     )
     quant.for_few_rows(model)
+    lora.cast_once(model)
     model.requires_grad_(requires_grad=False).eval()
 
     taken = time.time() - began
@@ -293,7 +296,7 @@ def described(cfg, source):
 
 
 def say_if_not_best(run):
-    """A run's folder holds its last step; say so where an earlier one was better."""
+    """A note where best/ holds an earlier step that was better than the last one, which the run's folder holds."""
     path = run / "state.json"
     if not path.exists():
         return
@@ -307,45 +310,33 @@ def say_if_not_best(run):
 # --- the answer ---
 
 
-class Stream:
-    """One text on stdout as it comes, a piece once its bytes are whole characters."""
-
-    def __init__(self, text, prompt):
-        self.tokenizer = text.tokenizer
-        self.decoder = DecodeStream(skip_special_tokens=True)
-        # A tokenizer may take the space off the first token it decodes, so it is shown the prompt.
-        for token in prompt:
-            self.decoder.step(self.tokenizer, token)
-
-    def add(self, token):
-        piece = self.decoder.step(self.tokenizer, token)
-        print(piece or "", end="", flush=True)
-
-
 def answer(cfg):
-    """Write what is asked for: one text as it comes, or all in the order of their prompts."""
+    """Write the texts: a single one token by token, several in the order of their prompts."""
     model, text, info = load(cfg)
     asked = all_asked(cfg, text, info)
     prompts = [one.ids for one in asked]
     numbers = [one.number for one in asked]
     stream = None
     if len(asked) == 1 and not cfg.json:
-        stream = Stream(text, prompts[0])
+        stream = Stream(text.tokenizer, prompts[0])
     engine = Engine(model, prompts, sampling(cfg))
 
     began = time.time()
     times = []  # at which each token came
+    progress = None if stream is not None else cli.Progress(len(asked), "sample")
 
     def on_token(i, token):
         times.append(time.time())
         if stream is not None:
             stream.add(token)
+        else:
+            progress.step(0, f"{len(times)} tokens")
 
     texts = Scheduler(engine, prompts, text.ends, numbers, on_token)
     if stream is not None:
         replies = stream_one(cfg, text, asked, texts)
     else:
-        replies = print_all(cfg, text, asked, texts)
+        replies = print_all(cfg, text, asked, progress.over(texts))
 
     taken = time.time() - began
     first = min(times, default=began) - began
@@ -370,7 +361,7 @@ def print_all(cfg, text, asked, texts):
     """Print the texts in the order of their prompts, each as soon as all before it are printed. -> the replies"""
     done = {}
     printed = 0
-    for i, ids, ended in cli.Progress(len(asked), "sample").over(texts):
+    for i, ids, ended in texts:
         done[i] = reply(text, asked[i], ids, ended)
         while printed in done:
             print(formatted(cfg, done[printed]))
@@ -380,7 +371,8 @@ def print_all(cfg, text, asked, texts):
 
 def reply(text, one, ids, ended):
     """One text as a row of --json."""
-    # A first token decoded alone may lose its space, so the prompt is decoded with it and cut off again.
+    # Decode prompt and text together, then cut the prompt off: a tokenizer may take the space off the first token that
+    # it decodes.
     before = text.decode(one.ids)
     said = text.decode(one.ids + ids)[len(before) :]
     return {
@@ -409,7 +401,7 @@ def gap(cfg):
 
 @torch.no_grad()
 def evaluate(cfg):
-    """--eval: run and base on the same held-out titles and recipes, on stdout."""
+    """--eval: measure run and base on the same held-out titles and recipes. A table or a JSON line on stdout."""
     run = Path(cfg.run or "out")
     info = read_run(run)
     base = hub.resolve(cfg.model or info["config"]["model"], disk.cache_folder(cfg.cache))
@@ -423,7 +415,7 @@ def evaluate(cfg):
     measures = {}
     for who, way in ways.items():
         measures[who] = measured(way, who, titles, text, held, info)
-        # What is compiled refers to itself: without these, two models would be in memory.
+        # Free the first model before the second is loaded. A compiled model refers to itself, so only these do free it.
         torch.compiler.reset()
         gc.collect()
 
@@ -434,7 +426,7 @@ def evaluate(cfg):
 
 
 def held_out(cfg, run, info, base):
-    """(the held-out recipes of a run, its Text), prepared again; refused where they or the base are others today."""
+    """(the held-out recipes of a run, its Text). An error if recipes or base have changed since the run."""
     had = {f.name: info["config"][f.name] for f in fields(data.Data)}
     had["cache"] = cfg.cache
     rules = recipes.Rules(**info["rules"])
@@ -465,8 +457,8 @@ def measured(cfg, who, titles, text, held, info):
 
     device = model.lm_head.weight.device
     batches = recipe_batches(held, cfg.batch_size, device, info["config"]["mask_prompt"])
-    # Not compiled: each length would be a graph of its own.
-    with torch.compiler.set_stance("force_eager"):
+    # Do not use compiled blocks, because each new length would compile a graph.
+    with compiled.not_compiled(cfg.compile):
         loss = quality.held_out_loss(model, loss_of, batches)
     return {**quality.measure(texts), "perplexity": math.exp(loss)}
 
@@ -475,8 +467,14 @@ def written(cfg, who, model, titles, text):
     """[(text behind a title, ended)], as they are finished"""
     prompts = [text.prompt(title) for title in titles]
     engine = Engine(model, prompts, sampling(cfg))
-    texts = Scheduler(engine, prompts, text.ends)
     progress = cli.Progress(len(prompts), who)
+    count = itertools.count(1)
+    texts = Scheduler(
+        engine,
+        prompts,
+        text.ends,
+        on_token=lambda _, token: progress.step(0, f"{next(count)} tokens"),
+    )
     return [(text.decode(ids), ended) for _, ids, ended in progress.over(texts)]
 
 
@@ -484,7 +482,8 @@ def recipe_batches(held, batch_size, device, mask_prompt):
     """The held-out recipes as Batches on the device."""
     which = held.indices
     steps = [[which[at : at + batch_size]] for at in range(0, len(which), batch_size)]
-    for step in data.feed(held, steps, device, mask_prompt, budget=0):
+    progress = cli.Progress(len(steps), "perplexity", says_end=False)
+    for step in progress.over(data.feed(held, steps, device, mask_prompt, budget=0)):
         yield from step
 
 
@@ -504,7 +503,9 @@ def main():
             evaluate(cfg)
         else:
             answer(cfg)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as e:
+        if not memory.is_out_of_memory(e):
+            raise
         raise UserError(
             "out of memory: a smaller --batch_size, --max_new_tokens or --quant nf4 takes less."
         ) from None

@@ -1,11 +1,12 @@
 """Fine-tune a Llama-architecture model to write recipes, on one GPU or a laptop.
 
-    python train.py                                         # SmolLM2-135M on the Wikibooks Cookbook; needs nothing else
-    python train.py --lora_r 16 --compile --grad_ckpt          # the same, compiled, with little memory
-    python train.py --resume --max_steps 200                   # go on where out/ stopped
+    python train.py                                     # SmolLM2-135M on the Wikibooks Cookbook, which pip fetches once
+    python train.py --lora_r 16 --compile --grad_ckpt   # the same adapter, compiled, in a third of the memory
+    python train.py --resume --max_steps 200            # continue the run in out/ up to step 200
 
-Read in this order: recipes.py -> text.py -> data.py (a batch), model.py -> quant.py -> lora.py (a gradient), then this
-file; `build` names each optimisation of speed/ in the order in which they are applied.
+To understand the code, read recipes.py, text.py and data.py, which make a batch; then model.py, quant.py and lora.py,
+which make a gradient; then this file. `build` applies each optimisation of speed/, in order. README's section "How much
+memory" tells before a run which model fits which card, speed/memory.py measures it.
 """
 
 import cli
@@ -39,40 +40,40 @@ from text import check_targets
 @dataclass
 class Config:
     # fmt: off
-    out: str = "out"                   # the run's folder: adapter, best/, metrics.jsonl, curve.png, state
-    resume: bool = False               # go on with the run in --out, with its flags
-    init_adapter: str = ""             # begin with this adapter (PEFT format) in place of an untrained one
-    device: str = "auto"               # cuda, mps, cpu
+    out: str = "out"                   # folder of the run: adapter, best/ (lowest val_loss), curve.png, resume state
+    resume: bool = False               # continue the run in --out with its flags; --max_steps or --epochs may be raised
+    init_adapter: str = ""             # folder of a LoRA adapter (PEFT format) to start from; none: an untrained one
+    device: str = "auto"               # device to train on: auto, cuda, mps or cpu
     # --- adapter ---
-    lora_r: int = 16                   # rank; 0 trains all weights
-    lora_alpha: int = 32               # the adapter's output is scaled by alpha / r
-    lora_dropout: float = 0.0          # on the adapter's input
-    lora_targets: str = "all"          # all, or layers with commas: q_proj,v_proj
-    rslora: bool = False               # scale by alpha / sqrt(r)
+    lora_r: int = 16                   # rank of the LoRA adapter; 0: no adapter, all weights are trained
+    lora_alpha: int = 32               # LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r
+    lora_dropout: float = 0.0          # dropout probability on the LoRA adapter's input, in training only; 0: none
+    lora_targets: str = "all"          # layers that get a LoRA adapter: all, or names such as q_proj,v_proj
+    rslora: bool = False               # multiply the LoRA output by lora_alpha / sqrt(lora_r), not lora_alpha / lora_r
     # --- speed and memory: each can be switched off; the tables in README.md have what each buys ---
-    quant: Literal["none", "nf4", "fp8"] = "none"  # how the frozen weights are kept: 4 or 8 bits -> quant.py
-    fp8: bool = False                  # how they are multiplied: in e4m3, on cards that have it -> speed/fp8.py
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of all other weights and arithmetic -> speed/precision.py
-    attn: Literal["naive", "flash", "cudnn"] = "flash"  # flash, cudnn: scores are never held; cudnn: for few lengths
-    fused_loss: bool = True            # the logits are never held in full -> speed/loss.py
-    grad_ckpt: bool = False            # keep one tensor a block, compute the block again in backward
-    offload_ckpt: bool = False         # keep it, and the MLP's input, in pinned host memory meanwhile
-    offload_embed: bool = False        # keep the input embedding in host memory
-    compile: bool = False              # torch.compile, one graph for all blocks and lengths
-    cuda_graph: bool = False           # launch a micro-batch as one CUDA graph: for small batches and slow hosts
-    optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # 8bit: a quarter of the states; paged: to host
-    grad_accum: int = 1                # micro-batches a step: the gradient of one batch that many times larger
+    quant: Literal["none", "nf4", "fp8"] = "none"  # storage of the frozen weights: as --dtype, in 4 or in 8 bits
+    fp8: bool = False                  # multiply by the frozen weights in 8-bit floats (e4m3) -> speed/fp8.py
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: by device
+    attn: Literal["naive", "flash", "cudnn"] = "flash"  # attention kernel; naive holds all scores, the others none
+    fused_loss: bool = True            # compute the loss in chunks, so that all logits are never in memory at once
+    grad_ckpt: bool = False            # keep only the input of each transformer block; recompute the rest in backward
+    offload_ckpt: bool = False         # with --grad_ckpt: keep the inputs of attention and MLP in pinned host memory
+    offload_embed: bool = False        # keep the input embedding in host memory, to save GPU memory
+    compile: bool = False              # compile the model with torch.compile: one graph for all blocks and lengths
+    cuda_graph: bool = False           # launch each micro-batch as one CUDA graph: for small batches and slow CPUs
+    optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"  # AdamW with 32-bit, 8-bit or paged 8-bit states
+    grad_accum: int = 1                # micro-batches per optimiser step; together they act as one larger batch
     # --- schedule ---
-    lr: float = 1e-3                   # peak learning rate, then cosine to 0; measured at 135M, 8B wants 2e-4
-    warmup_steps: int = 5              # steps in which it rises
-    weight_decay: float = 0.0          # AdamW's
-    grad_clip: float = 1.0             # largest norm of the gradient; 0: no limit
-    max_steps: int = 60                # optimiser steps; 0: --epochs decides
-    epochs: int = 1                    # passes over the heap, where --max_steps is 0
-    patience: int = 0                  # stop after this many evaluations without progress; 0: never
+    lr: float = 1e-3                   # peak learning rate, then cosine to 0; 1e-3 suits 135M weights, 2e-4 suits 8B
+    warmup_steps: int = 5              # optimiser steps in which the learning rate rises to --lr
+    weight_decay: float = 0.0          # weight decay of AdamW
+    grad_clip: float = 1.0             # clip the norm of the gradient to this number; 0: no clipping
+    max_steps: int = 60                # optimiser steps to train for; 0: train for --epochs passes instead
+    epochs: int = 1                    # passes over the training recipes; used with --max_steps 0
+    patience: int = 0                  # stop after this many evaluations without a lower val_loss; 0: never
     # --- watching ---
-    eval_every: int = 30               # steps between evaluations on the held-out recipes
-    save_every: int = 50               # steps between saves of adapter and state
+    eval_every: int = 30               # optimiser steps between evaluations on the held-out recipes
+    save_every: int = 50               # optimiser steps between saves of the adapter and the resume state
     # fmt: on
 
 
@@ -120,7 +121,13 @@ def check(cfg, data_cfg):
 
 @dataclass
 class Built:
-    """A model that is ready for training, and the two ways in which it is called."""
+    """A model that is ready for training, with the two calls that a run makes: forward_backward and loss_of.
+
+    set by `build`, when the model is loaded       model, params, trained, compute, sum_loss, meter
+    changed by `compile`, step 5 of `build`        is_compiled, and sum_loss gets a compiled chunk
+    set by step 7 of `build`                       graphs
+
+    Nothing is set after `build`. Training changes only the numbers inside the tensors."""
 
     model: torch.nn.Module
     params: dict  # {name in a checkpoint: trained parameter}
@@ -132,7 +139,9 @@ class Built:
     graphs: Callable | None = None  # --cuda_graph
 
     def autocast(self):
-        """An adapter's model has its dtypes by itself. Of --lora_r 0 the weights are fp32, the products are not."""
+        """With --lora_r 0 torch's autocast, which casts the fp32 weights for each product; else nothing.
+
+        A model with an adapter casts by itself: `build` gave it a stream_dtype, and its frozen weights have theirs."""
         if self.model.stream_dtype is not None or self.compute == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.model.frequencies.device.type, self.compute)
@@ -146,14 +155,14 @@ class Built:
         with self.autocast():
             h = self.model(ids, cu_seqlens=cu_seqlens)  # [B, T, C]
             total = self.sum_loss(h, self.model.lm_head.weight, where, targets, scale)
-        # Most memory is in use now.
+        # Look between forward and backward: on a CPU peak_memory reads this moment, when most is kept for backward.
         self.meter.look()
         total.backward()
         return total.detach()
 
-    def compile(self, places, recompute, decode_once):
+    def compile(self, places, recompute, decode_once, one_length):
         """The blocks (or halves of blocks) at these places, and the chunk of the loss."""
-        compiled.apply(places, recompute)
+        compiled.apply(places, recompute, one_length)
         if recompute and decode_once:
             quant.decode_once(self.model)
         self.is_compiled = True
@@ -163,22 +172,26 @@ class Built:
     def loss_of(self, batch):
         """Sum of the losses of a held-out batch: the same loss as in training, so logits are not held here either."""
         with self.autocast():
-            # With gradients on, a compiled block reuses training's graph: half the compiling.
+            # Keep gradients on, so that a compiled block reuses the training graph: half the compiling.
             with torch.set_grad_enabled(self.is_compiled):
                 h = self.model(batch.ids, cu_seqlens=batch.cu_seqlens).detach()
             return self.sum_loss(h, self.model.lm_head.weight, batch.where, batch.targets)
 
 
 def build(cfg, data_cfg, folder, device, meter, longest=None):
-    """The model of a folder with all that the flags ask for: Built. longest: tokens of the longest recipe"""
-    # 1. Numbers and kernels. The compiler's processes start while the weights load.
+    """The model of a folder with all that the flags ask for: Built. longest: tokens of the longest recipe
+
+    The order: a step may change only what no earlier step has taken hold of. From the inside to the outside:
+
+        recorded (offloaded (checkpoint (compiled (block with adapters (frozen linears)))))"""
+    # 1. Pick dtypes and kernels, because the weights are loaded in that dtype.
     kept, compute, why = precision.pick_dtype(cfg.dtype, device, train_all=not cfg.lora_r)
     precision.say_dtype(kept, why)
     how = {"attn": precision.pick_attention(cfg.attn), "longest": longest}
-    if cfg.compile:
-        compiled.start_compiler()
+    compiled.wait_for_compiler()
 
-    # 2. Weights, quantised while they stream off the disk, and what is trained of them.
+    # 2. Load the weights. Quantise each while it streams off the disk, so that 8B's 16 GB are never held in bf16.
+    # Then put adapters around the quantised layers, because an adapter takes the place of the layer that it wraps.
     if cfg.lora_r:
         with meter.loading(folder.name):
             make_linear = quant.make_linear(cfg.quant)
@@ -189,29 +202,35 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
             say("fp8", "frozen matmuls, forward and input gradient, in e4m3 with a scale a row")
         params, trained = add_adapter(model, cfg, data_cfg.seed)
     else:
-        # fp32 masters: bf16 would lose most of Adam's steps. Autocast makes the products bf16.
+        # Train the weights in fp32, because bf16 would round most of Adam's steps away. Autocast multiplies in bf16.
         model = models.load(folder, device, torch.float32, **how)
         params, trained = train_all(model)
     precision.say_packed(data_cfg.budget, models.takes_packed(model, device))
 
-    # 3. The loss: logits a chunk at a time, or all at once.
+    # 3. Choose the loss before step 5, which compiles its chunk: logits a chunk at a time, or all at once.
     sum_loss = loss.chunked if cfg.fused_loss else loss.plain
     built = Built(model, params, trained, compute, sum_loss, meter)
 
-    # 4. The embedding leaves the card before anything is captured.
+    # 4. Move the embedding to the host. Its place in this order is free, because no block contains the embedding.
+    # `check` refuses --cuda_graph with this flag, because a recorded step cannot wait for the host.
     if cfg.offload_embed:
         offload.embedding_to_host(model)
 
-    # 5. Blocks are compiled where they stand; with offloading their halves are, so that both inputs can leave.
+    # 5. Compile before step 6 wraps, so that checkpoints and offloading stay outside the graph. Inside a graph
+    # torch.utils.checkpoint keeps three tensors a block (torch 2.11, README). Offloading moves what autograd saves of a
+    # compiled part, so it must see the part as a whole. With --offload_ckpt the parts are halves of blocks, so that the
+    # inputs of attention and of MLP can both leave the card.
     places = models.places(model, halves=cfg.offload_ckpt)
     by_compiler = False
     if cfg.compile:
-        # The compiler's own checkpoint spares down_proj the second time; but it would draw dropout's mask anew.
+        # The compiler's own checkpoint recomputes less than speed/checkpoint.py, because it sees that backward needs no
+        # output of down_proj. With dropout it would draw another mask in the recomputation, so it is not used there.
         by_compiler = cfg.grad_ckpt and not cfg.lora_dropout
-        # Backward then decodes a weight once for both; --offload_embed wants memory before speed.
-        built.compile(places, by_compiler, decode_once=not cfg.offload_embed)
+        # In backward one dequantised weight serves recomputation and input gradient, and is held between the two. Not
+        # with --offload_embed, because whoever gives that flag prefers memory to speed.
+        built.compile(places, by_compiler, not cfg.offload_embed, one_length=data_cfg.budget > 0)
 
-    # 6. Checkpoints go around what is compiled, and the way to the host goes around checkpoints.
+    # 6. Put checkpoints around compiled blocks. Put offloading around checkpoints, because it moves what they keep.
     if cfg.grad_ckpt:
         checkpoint.say_kept(len(model.layers))
         if not by_compiler:
@@ -219,7 +238,7 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
     if cfg.offload_ckpt:
         offload.apply(places, device)
 
-    # 7. Last, a whole micro-batch is recorded, with all that is in it.
+    # 7. Record last, because a CUDA graph replays a whole micro-batch, with everything that was put around the blocks.
     if cfg.cuda_graph:
         built.graphs = graphs.Graphs(built.eager_step, device)
     return built
@@ -227,7 +246,7 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
 
 def add_adapter(model, cfg, seed):
     """-> {PEFT's key: A or B}, [the one flat tensor that they are views of]"""
-    # A resumed run has its adapter in its state.
+    # On --resume ignore --init_adapter, because Run.go_on fills the adapter from the saved state.
     init = "" if cfg.resume else cfg.init_adapter
     params = lora.begin(model, adapter_settings(cfg), seed, init)
     return params, [optim.flatten(list(params.values()))]
@@ -254,7 +273,9 @@ def adapter_settings(cfg):
 
 
 def lr_at(step, total, cfg):
-    """Learning rate of step 1, 2, … total: linear warm-up, then half a cosine. Never 0, not even at first."""
+    """Learning rate of step 1, 2, … total: linear warm-up, then half a cosine. It is above 0 at every step.
+
+    lr 1, warmup_steps 3, total 7: 0.25, 0.5, 0.75, then 1, 0.85, 0.5, 0.15."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / (cfg.warmup_steps + 1)
     done = (step - 1 - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
@@ -266,7 +287,15 @@ def lr_at(step, total, cfg):
 
 @dataclass
 class Job:
-    """All that is set up before the loop."""
+    """All that a run needs, set up before the loop.
+
+    what                    set by                                  changed later by
+    cfg … text              set_up                                  nothing
+    built, optimizer        set_up; a resume fills their tensors    one_step, inside their tensors
+    scale (fp16)            set_up; a resume: from facts            main, after each step
+    watch                   set_up                                  the first step, then it is done
+    facts                   set_up; a resume: Run.go_on             main counts steps, evaluate notes losses
+    run, title              set_up, when the folder is owned        nothing"""
 
     cfg: Config
     data_cfg: Data
@@ -282,7 +311,6 @@ class Job:
     facts: Facts
     run: Run | None = None
     title: str = ""  # of the recipe that is written before and after
-    saved_at: int | None = None  # the step of the last save
 
 
 # --- 4. evaluation ---
@@ -290,8 +318,11 @@ class Job:
 
 def evaluate(job):
     """Held-out loss per target token; the best adapter so far is kept in best/."""
+    built = job.built
     batches = quality.held_out_batches(job.held, job.data_cfg, job.device)
-    val = quality.held_out_loss(job.built.model, job.built.loss_of, batches)
+    # A compiled block evaluates with the training graph, which contains the casts of A and B, so leave those there.
+    with lora.standing_still(built.model, unless=built.is_compiled):
+        val = quality.held_out_loss(built.model, built.loss_of, batches)
     if job.facts.judge(val):
         save(job, "best")
     return val
@@ -299,9 +330,12 @@ def evaluate(job):
 
 def write_recipe(job):
     """One recipe of the model as it is now, on stdout."""
-    # The compiled graphs are for training's shapes.
-    with torch.compiler.set_stance("force_eager"):
-        quality.show_recipe(job.built.model, job.text, job.title, job.data_cfg.seed)
+    model = job.built.model
+    # Do not use compiled blocks, because each new length would compile a graph. Where memory runs out, go on without a
+    # recipe, because training does not need it.
+    with memory.go_on_without("recipe"), compiled.not_compiled(job.built.is_compiled):
+        with lora.standing_still(model):
+            quality.show_recipe(model, job.text, job.title, job.data_cfg.seed)
 
 
 # --- 5. saving, and going on ---
@@ -322,7 +356,6 @@ def save_all(job):
     """Adapter and state, from which --resume goes on."""
     save(job)
     job.run.save_state(job.optimizer, job.built.params, asdict(job.facts))
-    job.saved_at = job.facts.step
 
 
 def parse_flags():
@@ -340,7 +373,7 @@ def flags_of(cfg, data_cfg):
 
 
 def find_base(cfg, data_cfg):
-    """The base model's folder; what is no Llama is said before the recipes are read."""
+    """The base model's folder. A model that is no Llama is refused here, before the recipes are read."""
     base = hub.resolve(data_cfg.model, disk.cache_folder(data_cfg.cache))
     if base.resolve() == Path(cfg.out).resolve():
         raise UserError(f"--model {base} is the --out folder too: name another --out.")
@@ -374,6 +407,8 @@ def set_up():
     say("config", json.dumps(flags_of(cfg, data_cfg), ensure_ascii=False))
     device = precision.pick_device(cfg.device)
     torch.manual_seed(data_cfg.seed)
+    if cfg.compile:
+        compiled.start_compiler()
 
     base = find_base(cfg, data_cfg)
     dataset, held, text = data.prepare(data_cfg, rules, base)
@@ -383,9 +418,10 @@ def set_up():
     data.say_small(dataset, data_cfg, cfg.grad_accum)
 
     meter = memory.Meter(device, compiled.graphs_so_far)
-    built = build(cfg, data_cfg, base, device, meter, max(dataset.longest, held.longest))
+    with memory.out_of_memory(device, flags_of(cfg, data_cfg)):
+        built = build(cfg, data_cfg, base, device, meter, max(dataset.longest, held.longest))
     if cfg.optim != "adamw":
-        # A sentence where bitsandbytes is missing or knows nothing of this device.
+        # Load bitsandbytes here, so that a missing one is a sentence and no traceback.
         quant.bitsandbytes(device)
     optimizer = optim.make_optimizer(cfg.optim, built.trained, device, cfg.lr, cfg.weight_decay)
     scale = precision.LossScale(built.compute)
@@ -409,7 +445,6 @@ def set_up():
     if cfg.resume:
         job.facts = job.run.go_on(info, optimizer, built.params, total)
         job.scale = precision.LossScale(built.compute, job.facts.loss_scale)
-        job.saved_at = job.facts.step
     job.run.write_about(info)
     return job
 
@@ -420,34 +455,49 @@ def before_training(job):
     write_recipe(job)
     val = evaluate(job)
     job.facts.val_before = val
-    nothing = dict.fromkeys(["loss", "lr", "grad_norm", "tokens_per_s", "padding"])
     peak = round(memory.peak_memory(job.device), 3)
-    line = {"step": 0, "target_tokens": 0, "peak_mem_gb": peak, "val_loss": val}
-    job.run.log({**line, **nothing})
+    job.run.log({"step": 0, "target_tokens": 0, "peak_mem_gb": peak, "val_loss": val})
     say("val_loss", f"{val:.4f} before training")
 
 
 def one_step(job, batches, lr):
-    """The mean loss over all target tokens of a step, however they are spread over the micro-batches, and one step of
-    the optimiser on its gradient. -> (loss, norm of the gradient, whether an overflow forbade the step)"""
+    """One optimiser step on the mean loss over all target tokens of its micro-batches (gradient accumulation).
+
+    Why over tokens: micro-batches have unequal numbers of target tokens. Two of 100 and 300 tokens with mean losses 4
+    and 2 have the mean (100 · 4 + 300 · 2) / 400 = 2.5 over tokens. The mean of the two means is 3: there each token of
+    the small micro-batch would weigh three times as much, and --grad_accum would change what is optimised. So every
+    micro-batch's sum is divided by the target tokens of the whole step, before its backward.
+    What it buys: at 8B a micro-batch of 8,192 tokens keeps 2.1 GB with --grad_ckpt; --batch_size 8 --grad_accum 4 keeps
+    a fourth of that, and has the gradient of --batch_size 32.
+    Cost: as many forward and backward passes as micro-batches, each with fewer tokens to fill the card.
+    Proof: tests/test_train.py: test_accumulation_is_the_gradient_of_one_larger_batch. tests/test_witness.py:
+    test_grad_accum_is_the_gradient_of_a_larger_batch.
+
+    -> (loss, norm of the gradient, whether an overflow of fp16 forbade the step)"""
     built = job.built
     scale = job.scale
     targets = sum(len(b.targets) for b in batches)
+    # A micro-batch's sum of losses times `share` is its part of the mean, times the loss scale (fp16: 65,536 at first;
+    # else 1). In the example above share is 1 / 400, and the two parts are 400 / 400 = 1 and 600 / 400 = 1.5.
     share = scale.value / targets
     total = 0.0
     for b in batches:
+        # Backward adds to the gradients that are there, so after the loop they are those of the whole step.
         scaled = built.forward_backward(b.ids, b.where, b.targets, share, b.cu_seqlens)
         total += scaled / scale.value
     built.meter.launched()
+    # Only at the first step: each trained tensor must have got a gradient.
     job.watch.check(built.model, scale.used)
+    # Here the gradients are divided by the loss scale, then clipped.
     norm = optim.clip(built.trained, scale.value, job.cfg.grad_clip)
+    # Only fp16: an inf or nan among the gradients shows in their norm. Leave this step out, or AdamW would write nan.
     overflowed = scale.overflowed(norm)
     if not overflowed:
         job.optimizer.param_groups[0]["lr"] = lr
         job.optimizer.step()
-    # The gradients of an adapter are views of one tensor, which stays.
+    # An adapter's gradients are views of one tensor (optim.flatten), so they are set to zero and not dropped.
     job.optimizer.zero_grad(set_to_none=not job.cfg.lora_r)
-    # float() waits for the GPU.
+    # float() waits for the GPU, so the clock of memory.Meter stops when the step is done.
     return float(total), float(norm), overflowed
 
 
@@ -458,7 +508,7 @@ def main():
     meter = job.built.meter
     job.built.model.train()
     flags = flags_of(cfg, job.data_cfg)
-    with Stop() as stop, memory.out_of_memory(job.built.model, job.device, flags):
+    with Stop() as stop, memory.out_of_memory(job.device, flags, job.built.model):
         if facts.val_before is None:
             before_training(job)
         bar = cli.Progress(facts.total, "train")
@@ -470,13 +520,17 @@ def main():
             lr = lr_at(facts.step + 1, facts.total, cfg)
             loss_now, norm, overflowed = one_step(job, batches, lr)
             speed = meter.end(batches, bar.line)
+            # A step that fp16 left out counts, too: its batches are used up, and the schedule goes on.
             facts.step += 1
+            # A loss of inf or nan ends the run here. So does such a norm, unless fp16 can still halve its loss scale.
             job.scale.refuse_no_number(loss_now, norm, facts.step, batches[-1].rows, job.run.folder)
+            # Keep the scale among the facts, so that a resume begins with it.
             facts.loss_scale = job.scale.update(facts.step, overflowed, bar.line)
             line = {
                 "step": facts.step,
                 "loss": loss_now,
                 "lr": lr,
+                # JSON has no inf.
                 "grad_norm": None if overflowed else norm,
                 **speed,
             }
@@ -496,6 +550,7 @@ def main():
                 save_all(job)
             if is_over:
                 break
+            # From here to meter.begin() the loop only waits for its next batches.
             meter.rest()
         bar.close()
         if stop.signal and facts.step < facts.total:
@@ -505,7 +560,7 @@ def main():
 
 
 def feed(job):
-    """The batches of each step that is still to be made."""
+    """The batches of each step that is still to be made. A resume leaves out those of the steps that are done."""
     steps = data.steps_of_run(job.dataset, job.data_cfg, job.cfg.grad_accum)
     steps = itertools.islice(steps, job.facts.step, job.facts.total)
     mask_prompt = job.data_cfg.mask_prompt
@@ -515,7 +570,7 @@ def feed(job):
 def stopped(job, stop):
     """A signal ended the loop: the state is saved. -> the exit code"""
     step = job.facts.step
-    if job.saved_at != step:
+    if job.run.saved_at != step:
         save_all(job)
     go_on_with = f"python train.py --resume --out {job.cfg.out}"
     say("stopped", f"after step {step}, saved. Go on with: {go_on_with}")
@@ -538,11 +593,10 @@ def after_training(job):
     }
     job.run.write_json("summary.json", summary)
     print(json.dumps({key: summary[key] for key in RESULT}))
-    where = "" if job.cfg.out == "out" else f" --run {job.cfg.out}"
-    say("saved", f"{job.run.folder}: try `python sample.py{where}`")
+    say("saved", f"{job.run.folder}: try `python sample.py --run {job.cfg.out}`")
 
 
-# What programs that call this one read on stdout.
+# The keys of the one JSON line on stdout, for programs that call this one.
 RESULT = ["steps", "val_loss_before", "val_loss_after", "tokens_per_s", "peak_mem_gb"]
 
 

@@ -1,14 +1,18 @@
-"""A run's folder: one owner, atomic writes, exact resume, signals that save before they stop.
+"""The folder of a run: one owner, whole files, a resume that changes no bit, signals that save before they stop.
 
-    run = Run("out", resume=False)         # locked; a run that stood there is now out.1
-    run.write_json("run.json", {...})      # written beside its place, synced, renamed
-    run.log({"step": 1, "loss": 2.3})      # one line of metrics.jsonl; a step stands there once
+    run = Run("out", resume=False)         # own the folder; rename a run that is already there to out.1
+    run.write_json("run.json", {...})      # whole or not at all (files/disk.py)
+    run.log({"step": 1, "loss": 2.3})      # add one line to metrics.jsonl; a step has one line
     run.save_state(optimizer, params, {"step": 30})
     facts = run.load_state(optimizer, params)
     with Stop() as stop: ... if stop.signal: save and leave
 
-What makes a resume exact: the trained tensors, the optimiser's, the random generators and the JSON beside them lie in
-ONE file, which appears in one rename. A run killed between any two writes goes on from the last whole state.
+One file, state.safetensors, holds all that a resume needs, because one file appears in one rename:
+
+    the trained tensors | the optimiser's states | the random generators | step, best loss … as JSON
+
+So a killed run goes on from its last whole state. Weights of step 60 never meet optimiser states of step 30.
+tests/test_run.py proves it: test_stopped_and_resumed_is_bit_for_bit_what_uninterrupted_is.
 """
 
 from cli import UserError, say
@@ -25,23 +29,27 @@ from safetensors import SafetensorError, safe_open
 
 from files import disk
 
-FORMAT = 2  # of run.json
+FORMAT = 2  # the version of run.json's layout
 STATE = "state.safetensors"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 BEST_WEIGHTS = tuple(f"best/{name}" for name in WEIGHTS)
 
-# A folder with none of these holds no run.
+# A folder with none of these files holds no run.
 MADE_HERE = (STATE,) + WEIGHTS + BEST_WEIGHTS
 
 
-# What a resumed run may change: everything else would make it another run.
+# The flags that a resume may change. Any other flag would train another model. A model or data in another place is
+# fine, because IDENTITY below compares their content.
 FREE = {
     *("out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter"),
     *("attn", "fused_loss", "compile", "cuda_graph", "grad_ckpt", "offload_ckpt", "offload_embed"),
     *("max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"),
 }
 
-# What must be the same in run.json: {key: how a sentence names it}.
+# What each line of metrics.jsonl has, if only None.
+OF_A_STEP = ["step", "loss", "lr", "grad_norm", "target_tokens", "tokens_per_s", "padding"]
+
+# The keys of run.json that a resume must find unchanged: {key: its name in an error}.
 IDENTITY = {
     "base_fingerprint": "base model",
     "data_fingerprint": "data",
@@ -52,7 +60,7 @@ IDENTITY = {
 
 @dataclass
 class Facts:
-    """What a resume has to know beside tensors: state.json."""
+    """The numbers that a resume needs beside tensors. state.json shows them to people."""
 
     step: int = 0
     total: int = 0
@@ -64,9 +72,9 @@ class Facts:
     loss_scale: float = 1.0
 
     def judge(self, val):
-        """Take note of a held-out loss. -> whether it is the best so far"""
+        """Note a held-out loss. -> whether it is the best so far"""
         self.val = val
-        # Written so that a loss that is no number (nan) is never the best.
+        # Compare with <, because a comparison with nan is false: a nan after the first loss is never the best.
         is_best = self.best_val is None or val < self.best_val
         if not is_best:
             self.without_progress += 1
@@ -78,7 +86,7 @@ class Facts:
 
 
 def started_with(out):
-    """{flag: value} that the run in this folder was started with."""
+    """{flag: value} with which the run in this folder was started."""
     try:
         before = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
         if before.get("format", 1) > FORMAT:
@@ -89,7 +97,7 @@ def started_with(out):
 
 
 def refuse_other_flags(old, new):
-    """A UserError for flags that would make a resumed run another run."""
+    """Raise UserError if a flag changed that a resume may not change."""
     changed = [
         f"--{flag} was {old.get(flag)!r}, is {value!r}"
         for flag, value in new.items()
@@ -100,7 +108,7 @@ def refuse_other_flags(old, new):
 
 
 def read_run(folder):
-    """run.json of a run's folder, or of the run whose best/ the folder is, for programs that sample from the run."""
+    """The content of run.json, for programs that sample from a run. folder: a run's folder, or its best/."""
     folder = Path(folder)
     for path in (folder / "run.json", folder.parent / "run.json"):
         if path.exists():
@@ -113,21 +121,24 @@ def read_run(folder):
 def read_run_json(path):
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        # What every reader of a run needs; one of these fails where the file is not a run's.
+        # Read what every program needs, so that a file of another kind fails here.
         info["config"]["model"]
         info["base_fingerprint"]
         info["titles"][0]
     except (OSError, ValueError, LookupError, TypeError) as e:
-        raise UserError(f"{path} cannot be read as a run's ({e!r}).") from None
+        raise UserError(f"{path} cannot be read as a run's run.json ({e!r}).") from None
     return info
 
 
 class Run:
     def __init__(self, folder, resume):
-        """Own the folder. A run that is there already is resumed, or renamed to folder.1, .2, …; none is lost."""
+        """Own the folder. Without `resume`, a run that is there is renamed to folder.1, .2, …, never deleted."""
         self.folder = Path(folder).resolve()
-        self.metrics = None  # metrics.jsonl, once something is logged
-        self.locks = []  # open as long as the run lives
+        # The open metrics.jsonl; None until something is logged.
+        self.metrics = None
+        self.saved_at = None  # the step of the last save
+        # Hold the lock files, because a lock ends when its file is closed.
+        self.locks = []
         if resume and not (self.folder / STATE).exists():
             raise UserError(f"--resume: {self.folder} holds no {STATE} to go on from.")
         try:
@@ -139,7 +150,7 @@ class Run:
             return
         if self.holds_a_run():
             self.rename_old_run(folder)
-        # A run that stopped before its first save has no weights to keep, but it may have metrics.
+        # A run that stopped before its first save is not renamed, so its metrics may still be here.
         (self.folder / "metrics.jsonl").unlink(missing_ok=True)
 
     def own(self):
@@ -154,7 +165,7 @@ class Run:
         return any((self.folder / name).exists() for name in MADE_HERE)
 
     def rename_old_run(self, said):
-        """Make room: the old run becomes folder.1, or the next free number. `said`: --out as the user gave it."""
+        """Rename the old run to folder.1, or to the next free number. said: --out as the user wrote it"""
         if self.folder == Path.cwd():
             raise UserError(
                 f"--out {said} is the current folder and holds a run: name another --out."
@@ -163,9 +174,9 @@ class Run:
         while self.folder.with_name(f"{self.folder.name}.{n}").exists():
             n += 1
         old = self.folder.with_name(f"{self.folder.name}.{n}")
-        # The lock goes with the old folder, and stays held until this process ends.
+        # The old folder keeps its lock until this process ends; the new folder gets one of its own.
         self.folder.rename(old)
-        say("run", f"{self.folder} held a run already: it is {old} now")
+        say("run", f"{self.folder} already held a run: that run is {old} now")
         self.folder.mkdir()
         self.own()
 
@@ -180,12 +191,14 @@ class Run:
             raise UserError(f"{path} cannot be read ({e}).") from None
 
     def write_about(self, info):
-        """run.json: what this run is."""
+        """Write run.json, which says what this run is."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         self.write_json("run.json", {"format": FORMAT, **info, "versions": versions})
 
     def go_on(self, info, optimizer, params, total):
-        """Load the state that lies here, for a run of `total` steps: Facts. An error if it is another run, or done."""
+        """Load the state in this folder for a run of `total` steps. -> Facts
+
+        Raise UserError if the state is of another run, or if all steps are done."""
         before = self.read_json("run.json")
         for key, what in IDENTITY.items():
             if before[key] != info[key]:
@@ -193,6 +206,7 @@ class Run:
                     f"--resume: the {what} is not the one that {self.folder} was trained with."
                 )
         facts = Facts(**self.load_state(optimizer, params))
+        self.saved_at = facts.step
         self.forget_after(facts.step)
         note = ""
         if total != facts.total:
@@ -200,7 +214,7 @@ class Run:
         say("resume", f"after step {facts.step}{note}")
         if facts.step >= total:
             raise UserError(
-                f"--resume: {self.folder} has made its {total} steps; raise --max_steps or --epochs."
+                f"--resume: {self.folder} has already made its {total} steps; raise --max_steps or --epochs."
             )
         facts.total = total
         return facts
@@ -208,14 +222,16 @@ class Run:
     # --- metrics.jsonl ---
 
     def log(self, line):
+        """Append a line to metrics.jsonl. Step 0, an evaluation before training, has None for what it cannot have."""
         if self.metrics is None:
             self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+        line = {**dict.fromkeys(OF_A_STEP), **line}
         self.metrics.write(json.dumps(line) + "\n")
-        # Somebody who watches the file sees the step at once.
+        # Flush, so that a person who watches the file sees the step at once.
         self.metrics.flush()
 
     def history(self):
-        """The lines of metrics.jsonl; a last line that a kill cut off is passed over."""
+        """The lines of metrics.jsonl as dicts, without a last line that a kill cut off."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
@@ -226,10 +242,10 @@ class Run:
         return lines
 
     def forget_after(self, step):
-        """Drop the metrics of steps that will be made again."""
+        """Drop the metrics of later steps, because a resume makes those steps again."""
         kept = [line for line in self.history() if line["step"] <= step]
         if self.metrics is not None:
-            # The file that is open here is the one that is replaced now.
+            # Close the old file, because the rename below puts another file in its place.
             self.metrics.close()
             self.metrics = None
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -239,7 +255,8 @@ class Run:
     # --- resume ---
 
     def save_state(self, optimizer, params, facts):
-        """params {name: parameter}, the optimiser, the random generators and facts (JSON: step, best loss, …)."""
+        """Save all that a resume needs. params: {name: parameter}; facts: a dict of JSON values (step, best loss, …)"""
+        self.saved_at = facts["step"]
         tensors = {f"param.{name}": p for name, p in params.items()}
         tensors |= optimizer_tensors(optimizer)
         tensors |= random_states()
@@ -249,11 +266,11 @@ class Run:
             "shapes": json.dumps(shapes_of(tensors)),
         }
         disk.write_tensors(self.folder / STATE, tensors, metadata)
-        # state.json is for people: a resume reads the copy inside STATE.
+        # state.json is for people. A resume reads the copy inside STATE, because two files could differ after a kill.
         self.write_json("state.json", facts)
 
     def load_state(self, optimizer, params):
-        """Fill params, optimiser and random generators; return the facts."""
+        """Fill parameters, optimiser and random generators from STATE. -> the facts"""
         path = self.folder / STATE
         tensors, facts, scalars = read_state(path)
         fill_params(path, params, tensors)
@@ -266,11 +283,14 @@ class Run:
         return facts
 
 
-# --- what lies in STATE: param.NAME, optim.NUMBER.KEY, random.cpu, random.cuda; facts, scalars and shapes as JSON ---
+# --- the content of STATE ---
+#
+# tensors     param.NAME, optim.NUMBER.KEY (of the optimiser's parameter NUMBER), random.cpu, random.cuda
+# metadata    facts, scalars (NUMBER.KEY of the optimiser) and shapes, each as JSON
 
 
 def trained_by(optimizer):
-    """The optimiser's parameters in its own order, in which they are numbered in STATE."""
+    """The optimiser's parameters. STATE numbers them in this order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -281,7 +301,7 @@ def optimizer_tensors(optimizer):
         for key, value in optimizer.state[p].items():
             if not isinstance(value, torch.Tensor):
                 continue
-            # bitsandbytes' tables are one tensor that all parameters share; safetensors refuses to store it twice.
+            # All parameters share one table of bitsandbytes. Copy it, because safetensors stores no tensor twice.
             if key.startswith("qmap"):
                 value = value.clone()
             tensors[f"optim.{i}.{key}"] = value
@@ -289,7 +309,7 @@ def optimizer_tensors(optimizer):
 
 
 def optimizer_scalars(optimizer):
-    """{NUMBER.KEY: number} of the optimiser's state: some optimisers count in plain numbers."""
+    """{NUMBER.KEY: number} of the optimiser's state, because some optimisers count their steps in plain numbers."""
     scalars = {}
     for i, p in enumerate(trained_by(optimizer)):
         for key, value in optimizer.state[p].items():
@@ -316,7 +336,7 @@ def shapes_of(tensors):
 
 
 def read_state(path):
-    """(tensors, facts, scalars) of a state file that is whole."""
+    """(tensors, facts, scalars) of a state file; UserError if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata()
@@ -325,10 +345,10 @@ def read_state(path):
         scalars = json.loads(metadata["scalars"])
         shapes = json.loads(metadata["shapes"])
         if shapes != shapes_of(tensors):
-            raise ValueError("its tensors are not those that were saved")
+            raise ValueError("its tensors do not have the saved shapes")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise UserError(
-            f"{path} cannot be read ({e}); start without --resume: the old run is kept."
+            f"{path} cannot be read ({e}); start without --resume, which keeps the old run under another name."
         ) from None
     return tensors, facts, scalars
 
@@ -345,7 +365,7 @@ def fill_params(path, params, tensors):
 
 
 def fill_optimizer(path, optimizer, key, value):
-    """Put one tensor or number back; `key` is NUMBER.KEY."""
+    """Put one tensor or number back into the optimiser's state. key: NUMBER.KEY"""
     number, _, name = key.partition(".")
     trained = trained_by(optimizer)
     if int(number) >= len(trained):
@@ -359,8 +379,9 @@ def fill_optimizer(path, optimizer, key, value):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end the run after the step in hand: stop.signal is set, and the loop saves and leaves. A
-    second one ends it at once."""
+    """Within this block, Ctrl-C and SIGTERM only set stop.signal: the loop then finishes its step, saves and leaves.
+
+    A second signal raises KeyboardInterrupt at once."""
 
     def __enter__(self):
         self.signal = None
@@ -373,11 +394,12 @@ class Stop:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        say("stop", "the step in hand is finished and saved first; once more stops at once")
+        say("stop", "finishing this step and saving; a second signal stops at once")
 
     @property
     def exit_code(self):
-        return 128 + self.signal  # 130 for Ctrl-C, 143 for SIGTERM: what a shell reports for them
+        """What a shell reports for a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signal
 
     def __exit__(self, *_):
         for number, handler in self.handlers_before.items():

@@ -279,6 +279,7 @@ class Played:
         self.lasts = lasts
         self.device = torch.device(device)
         self.sampling = Sampling(max_new_tokens=10**6, compile=compiled)
+        self.can_record = False
         self.left = [0] * B
         self.calls = []
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import generate
 import lora
 import model as models
 import quant
@@ -406,17 +407,59 @@ def writes(model, **how):
 @pytest.mark.parametrize(
     "how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}], ids=str
 )
-def test_a_step_in_a_cuda_graph_writes_what_an_eager_one_does(folder_of, how):
-    """And greedy what the largest logits of the whole text so far say, without a cache."""
-    eager = writes(sampler(folder_of(), "none", torch.float32), compile=False, **how)
+def test_a_step_in_a_cuda_graph_writes_what_an_eager_one_does(folder_of, monkeypatch, how):
+    """Recorded without the compiler, with the adapter cast once, and compiled. And greedy what the largest logits of
+    the whole text so far say, without a cache."""
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "on_one_gpu", lambda model: False)
+        eager = writes(sampler(folder_of(), "none", torch.float32), compile=False, **how)
+    recorded = writes(sampler(folder_of(), "none", torch.float32), compile=False, **how)
+    once = sampler(folder_of(), "none", torch.float32)
+    lora.cast_once(once)
+    cast_once = writes(once, compile=False, **how)
     graph = writes(sampler(folder_of(), "none", torch.float32), compile=True, **how)
-    assert graph == eager and len({tuple(ids) for ids in eager}) == 8
+    assert graph == recorded == cast_once == eager and len({tuple(ids) for ids in eager}) == 8
     if not how["temperature"]:
         model = sampler(folder_of(), "none", torch.float32)
         for prompt, ids in zip(PROMPTS, eager, strict=True):
             for n, token in enumerate(ids):
                 h = model(torch.tensor([prompt + ids[:n]], device="cuda"))
                 assert models.logits(model, h[0, -1]).argmax() == token
+
+
+def test_a_step_is_recorded_without_the_compiler_and_passes_of_one_shape_are(folder_of):
+    model = sampler(folder_of(), "nf4", torch.bfloat16)
+    engine = Engine(model, PROMPTS, Sampling(batch_size=2, max_new_tokens=8, temperature=0))
+    assert engine.recorded_step is not None and engine.recorded_pass is None
+    engine.read([0], PROMPTS[:1], [0])
+    engine.read([1], PROMPTS[:1], [0])
+    assert engine.recorded_pass is not None
+    engine.step()
+    assert engine.rows.token[0] == engine.rows.token[1]
+
+
+def test_what_waits_for_the_host_is_not_recorded(folder_of):
+    """With the embedding in host memory a step copies from there each time."""
+    model = sampler(folder_of(), "none", torch.bfloat16)
+    model.embed_tokens.weight.data = model.embed_tokens.weight.data.cpu()
+    engine = Engine(model, PROMPTS, Sampling(batch_size=2, max_new_tokens=8))
+    assert engine.recorded_step is None
+
+
+@pytest.mark.parametrize(("device", "T"), [("cuda", 24), ("cpu", 19)])
+def test_rows_are_padded_to_a_multiple_of_8_on_a_gpu(monkeypatch, device, T):
+    import numpy as np
+
+    import data
+
+    class Twenty:
+        rows = np.zeros(2, dtype=[("length", int)])
+
+        def recipe(self, i, mask_prompt):
+            return np.arange(20 - i), np.arange(1, 20 - i)
+
+    (sent,) = data.make_step(Twenty(), torch.device(device), False, 0, [[0, 1]])
+    assert sent.ids.shape == (2, T) and sent.real == 19 + 18
 
 
 @pytest.mark.parametrize("targets", [None, "q_proj", "all"])

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -791,3 +792,56 @@ def test_an_unknown_target_is_named(base, saved, name):
     for targets in (f"q_proj,{name}", name):
         with pytest.raises(UserError, match=name):
             lora.adapt(frozen(base), 4, 8, targets=targets)
+
+
+# --- an adapter that stands still ---
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4", "fp8"])
+@pytest.mark.parametrize("targets", ["all", "q_proj,v_proj", "down_proj"])
+@torch.no_grad()
+def test_an_adapter_that_is_cast_once_has_the_same_logits_to_the_bit(
+    biased, tmp_path, kind, targets
+):
+    # NF4 wants widths that are multiples of 64.
+    folder = make_model(tmp_path / "wide") if kind == "nf4" else biased
+    model = models.load(folder, make_linear=quant.make_linear(kind), product_dtype=torch.bfloat16)
+    lora.adapt(model, 4, 8, targets=targets)
+    randomise(model)
+    before = logits(model, tokens())
+    with lora.standing_still(model):
+        assert torch.equal(logits(model, tokens()), before)
+        # Witness: what happens to A and B meanwhile is not seen.
+        for p in lora.parameters(model).values():
+            p.zero_()
+        assert torch.equal(logits(model, tokens()), before)
+    assert not torch.equal(logits(model, tokens()), before)
+
+
+@torch.no_grad()
+def test_an_untrained_adapter_that_stands_still_is_not_computed(base, monkeypatch):
+    model = frozen(base)
+    before = logits(model, tokens())
+    lora.adapt(model, 4, 8)
+    with monkeypatch.context() as patch, lora.standing_still(model):
+        patch.setattr(quant, "group_mm", None)
+        assert torch.equal(logits(model, tokens()), before)
+
+
+def test_training_goes_on_behind_a_model_that_stood_still(base):
+    """Also where the block is left by an error; and nothing stands still where that is forbidden."""
+    model = frozen(base)
+    lora.adapt(model, 4, 8)
+    randomise(model)
+    expected = gradient_of(model)
+    with pytest.raises(KeyError), lora.standing_still(model):
+        raise KeyError
+    assert torch.equal(gradient_of(model), expected)
+    with lora.standing_still(model, unless=True):
+        assert torch.equal(gradient_of(model), expected)
+
+
+def gradient_of(model):
+    model.zero_grad()
+    mean_loss(model, tokens()).backward()
+    return torch.cat([p.grad.flatten() for p in lora.parameters(model).values()])

@@ -706,3 +706,26 @@ def test_a_broken_config_is_named(spoiled, data):
     if data is not None:
         path.write_bytes(data)
     refused(spoiled, "config.json")
+
+
+def test_a_loss_without_gradient_is_the_same_number_and_makes_no_gradient(monkeypatch):
+    """The evaluation on a CPU. Witness: the chunk that makes gradients is not called."""
+    torch.manual_seed(0)
+    h, head = torch.randn(2, 300, 16), torch.randn(500, 16, requires_grad=True)
+    where = torch.arange(600)
+    targets = torch.randint(-1, 500, (600,))
+    monkeypatch.setattr(loss, "rows_of_a_chunk", lambda V: 64)
+    expected = loss.chunked(h, head, where, targets).detach()
+    made = []
+    one_chunk = loss.one_chunk
+
+    def watched(*args):
+        made.append(1)
+        return one_chunk(*args)
+
+    monkeypatch.setattr(loss, "one_chunk", watched)
+    with torch.no_grad():
+        assert torch.equal(loss.chunked(h, head, where, targets, chunk=watched), expected)
+        assert not made
+    loss.chunked(h, head, where, targets, chunk=watched)
+    assert len(made) == 10

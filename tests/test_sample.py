@@ -3,6 +3,7 @@
 import cli
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -397,6 +398,21 @@ def test_out_of_memory_is_one_sentence(trained, run, monkeypatch):
     monkeypatch.setattr(sample, "Engine", full)
     code, _, err = run("--run", out, "--cache", cache, "--title", "Pie")
     assert code == 2 and "--batch_size" in err and "Traceback" not in err
+
+
+def test_eval_is_not_silent(trained, run, monkeypatch):
+    """Tokens while texts are written, batches while the held-out loss is measured."""
+    out, cache = trained
+    progress = functools.partial(sample.cli.Progress, every=0)
+    monkeypatch.setattr(sample.cli, "Progress", progress)
+    flags = ["--run", out, "--cache", cache, "--eval", 5, "--max_new_tokens", 12]
+    code, _, err = run(*flags)
+    said = [line.split() for line in err.splitlines()]
+    assert code == 0
+    for who in ("run", "base"):
+        counts = [int(words[2]) for words in said if words[0] == who and "tokens" in words]
+        assert len(counts) > 10 and counts == sorted(counts)
+    assert sum(words[0] == "perplexity" for words in said) >= 2
 
 
 def test_eval_measures_base_and_run_on_held_out_titles(trained, run, tiny_model):

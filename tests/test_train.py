@@ -3,6 +3,7 @@
 import cli
 
 import functools
+import io
 import json
 import os
 import re
@@ -20,11 +21,14 @@ from conftest import ROOT, made_recipes, make_model, program, write_jsonl
 from safetensors.torch import load_file
 
 import data
+import generate
 import lora
 import model as models
+import quality
 import quant
 import text
 import train
+from files import weights
 from recipes import Rules
 from speed import checkpoint, compiled, loss, offload, optim, precision
 
@@ -62,11 +66,13 @@ def base(tiny_model, tiny_recipes, tmp_path):
 def run(monkeypatch, capsys):
     """Run train.py in this process as a user would: (exit code, stdout, stderr)."""
 
-    def call(*args):
+    write_recipe = train.write_recipe
+
+    def call(*args, recipes=False):
+        """recipes: write them, too, which is slow, and test_sample.py's business"""
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        monkeypatch.setattr(
-            train, "write_recipe", lambda *_: print("a recipe")
-        )  # slow, and test_sample.py's business
+        wanted = write_recipe if recipes else lambda *_: print("a recipe")
+        monkeypatch.setattr(train, "write_recipe", wanted)
         with pytest.raises(SystemExit) as stop:
             cli.run(train.main)
         said = capsys.readouterr()
@@ -756,6 +762,65 @@ def test_out_of_memory_says_which_flags_help(base, run, tmp_path, monkeypatch):
     monkeypatch.setattr(loss, "chunked", full)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "--grad_ckpt" in err and "Traceback" not in err
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_while_loading_is_a_sentence(base, run, tmp_path, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(weights, "read", full)
+    code, _, err = run(*base, "--out", tmp_path / "out")
+    assert code == 2 and "while the model was loaded" in err and "--quant nf4" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_in_a_recipe_costs_the_recipe_only(base, run, tmp_path, monkeypatch, error):
+    """Both recipes fail; the losses are those of a run whose recipes were written, dropout included."""
+    flags = [*base, "--lora_dropout", 0.1]
+    ok(run(*flags, "--out", tmp_path / "whole", recipes=True))
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(quality, "generate", full)
+    code, said, err = run(*flags, "--out", tmp_path / "out", recipes=True)
+    assert code == 0 and err.count("left out, because memory ran out") == 2
+    assert "Traceback" not in err
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert json.loads(said.splitlines()[-1])["steps"] == len(losses(tmp_path / "whole"))
+
+
+def test_an_error_that_is_not_about_memory_is_not_called_that(base, run, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(quality, "generate", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(*base, "--out", tmp_path / "out", recipes=True)
+
+
+def test_a_recipe_is_on_stdout_token_by_token(base, run, tmp_path, monkeypatch):
+    """What has been printed grows while the recipe is written."""
+    seen = []
+    add = generate.Stream.add
+
+    def watched(self, token):
+        add(self, token)
+        seen.append(sys.stdout.getvalue())
+
+    monkeypatch.setattr(generate.Stream, "add", watched)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    run(*base, "--out", tmp_path / "out", "--max_steps", 1, recipes=True)
+    assert len(set(seen[:20])) > 10
 
 
 def test_a_full_disk_keeps_the_last_state(base, run, tmp_path, monkeypatch):
