@@ -1,10 +1,15 @@
-"""How fast, in how much memory: each row runs train.py as a user does, on random weights of a given shape.
+"""Measure speed and memory of training. A numbered row is a set of train.py flags (README.md lists them): each is run
+as a user runs train.py, on a model with random weights.
 
-    python bench.py                              # every row, on Llama-3-8B's shape
-    python bench.py --rows 1 2 4 --peers unsloth   # recipes of the same lengths through Unsloth
+    python bench.py                                # every row, on a model of Llama-3-8B's size
+    python bench.py --rows 1 2 4 --peers unsloth   # and train with Unsloth on recipes of the same lengths
 
-One JSON line a row on stdout, as it goes. Only real tokens count; padding is a number of its own. The weights are made
-once, as a Hugging Face folder with shards; a word of the made-up tokenizer is a token, so a recipe's length is exact.
+stdout has one JSON line for each row. Tokens per second leave padding out, and the share of padding is a number of its
+own. The random model is written once and used again. Recipes and tokenizer are made up, too: one word is one token, so
+lengths are exact.
+
+The other trainers (peers) multiply in bf16, as row 1 does. Rows that pass --fp8 to train.py multiply in 8-bit floats:
+for equal arithmetic compare a peer with row 1.
 """
 
 import cli
@@ -47,7 +52,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 @dataclass
 class Row:
     what: str
-    lengths: str  # of the recipes: fixed, long, sorted (see `lengths_of`)
+    lengths: str  # of the recipes: fixed, long or sorted, see `lengths_of`
     batch: int  # recipes in a batch
     flags: str  # of train.py
 
@@ -100,26 +105,26 @@ ROWS = {
     "8": Row("recipes of row 4, packed", lengths="sorted", batch=16, flags=f"{PACKED} 4096"),
     "9": Row("8,192 tokens", lengths="sorted", batch=16, flags=f"{PACKED} 8192"),
 }
-WARM_UP = 3  # steps that are not counted: compilation, first launches
-SORTED_BATCHES = 20  # 320 recipes in batches of 16: an epoch of the sorted rows
-PEERS = {"unsloth": "unsloth", "liger": "liger_kernel", "hf": "peft"}  # peer: its package
+WARM_UP = 3  # steps that do not count, because they compile and load kernels
+SORTED_BATCHES = 20  # batches in an epoch of a sorted row: 320 recipes, 16 in a batch
+PEERS = {"unsloth": "unsloth", "liger": "liger_kernel", "hf": "peft"}  # {peer: its package}
 
 
 @dataclass
 class Config:
     # fmt: off
-    shape: str = "8b"                  # 8b, 1b, tiny: the widths of the random model
-    rows: list[str] = field(default_factory=lambda: list(ROWS))  # which rows
-    steps: int = 14                    # optimiser steps a row; the first three are not counted
-    peers: list[str] = field(default_factory=list)  # also through these: unsloth, liger, hf
-    peer: str = ""                     # be that peer, in this process (bench.py starts itself so)
-    cache: str = ".cache"              # the made-up model and recipes
-    device: str = "auto"               # as train.py's
+    shape: str = "8b"                  # size of the random model: 8b (Llama-3-8B), 1b or tiny
+    rows: list[str] = field(default_factory=lambda: list(ROWS))  # numbers of the rows (sets of train.py flags)
+    steps: int = 14                    # optimiser steps per row, the first three untimed; sorted rows make 60
+    peers: list[str] = field(default_factory=list)  # other trainers to measure, too: unsloth, liger, hf
+    peer: str = ""                     # internal: bench.py sets this flag to measure one other trainer in this process
+    cache: str = ".cache"              # folder for the made-up model and recipes; if relative, in the code's folder
+    device: str = "auto"               # device that train.py runs on: cuda, mps or cpu
     # fmt: on
 
 
 def check(cfg):
-    """Mistakes that show before anything is made."""
+    """Refuse wrong flags before anything is made."""
     cli.bound(cfg, steps=WARM_UP + 1)
     for row in cfg.rows:
         if row not in ROWS:
@@ -138,11 +143,11 @@ def check_installed(peers):
             raise UserError(f"--peers {tool}: {PEERS[tool]} is not installed here.")
 
 
-# --- what is trained, on what ---
+# --- the made-up model and recipes ---
 
 
 def make_model(folder, shape):
-    """A Hugging Face folder of random weights in bf16 shards, and a tokenizer whose words w0, w1, … are tokens."""
+    """Make a Hugging Face folder: random weights in bf16 shards, and a tokenizer whose words w2, w3, … are tokens."""
     if (folder / "done").exists():
         return
     shape = SHAPES[shape]
@@ -150,7 +155,7 @@ def make_model(folder, shape):
     folder.mkdir(parents=True)
     shard_of_tensor = write_weights(folder, shapes_of_tensors(shape), shards=shape.blocks // 8)
     write_tokenizer(folder, shape.vocab)
-    # Random weights never end a text by themselves, so every token ends one: train.py's recipe is short.
+    # Let every token end a text, because random weights would never end the recipe that train.py writes.
     configs = {
         "config": model_config(shape),
         "generation_config": {"eos_token_id": list(range(shape.vocab))},
@@ -163,7 +168,7 @@ def make_model(folder, shape):
 
 
 def shapes_of_tensors(shape):
-    """{name of Hugging Face: shape} of every weight of the model."""
+    """{Hugging Face's name: shape} of every weight of the model."""
     head_dim = shape.hidden // shape.heads
     q, kv = shape.heads * head_dim, shape.kv_heads * head_dim
     block = {
@@ -187,7 +192,7 @@ def shapes_of_tensors(shape):
 
 
 def write_weights(folder, shapes, shards):
-    """Random weights in so many files (at least one). -> {tensor: its file}"""
+    """Write random weights into `shards` files, at least one. -> {tensor: its file}"""
     from safetensors.torch import save_file
 
     names, shards = list(shapes), max(1, shards)
@@ -245,7 +250,9 @@ def model_config(shape):
 
 
 def lengths_of(kind, rows, steps):
-    """Lengths in tokens: all alike, or log-normal as recipes are (median 200, sigma 0.45, 48 to 512)."""
+    """Lengths in tokens: all 2,048 or 256, or for sorted rows log-normal, as the lengths of recipes are.
+
+    The log-normal ones have a median of 200 and a sigma of 0.45, and are cut to 48 to 512."""
     if kind == "long":
         return [2048] * (rows * steps)
     if kind == "fixed":
@@ -255,7 +262,7 @@ def lengths_of(kind, rows, steps):
 
 
 def make_recipes(file, lengths, vocab):
-    """A .jsonl file of random words, a recipe of each length."""
+    """Write a .jsonl file with a recipe of random words for each length. -> the file"""
     rng = np.random.default_rng(2)
     with open(file, "w", encoding="utf-8") as out:
         for n in lengths:
@@ -264,13 +271,13 @@ def make_recipes(file, lengths, vocab):
     return file
 
 
-# --- a row ---
+# --- a row: train.py in a process of its own ---
 
 
 def run_row(cfg, name, root):
-    """train.py in a process of its own. -> what its metrics.jsonl and summary.json say"""
+    """Run train.py on a row's recipes with its flags. -> the figures of its metrics.jsonl and summary.json"""
     row = ROWS[name]
-    # Of three epochs of sorted batches the last counts: every CUDA graph is there by then.
+    # Make three epochs of sorted batches and count the last, because by then every CUDA graph is recorded.
     steps = 3 * SORTED_BATCHES if row.is_sorted else cfg.steps
     vocab = SHAPES[cfg.shape].vocab
     out = root / f"row{name}"
@@ -317,7 +324,7 @@ def train_command(cfg, row, steps, paths):
 
 
 def rates_of_run(out, row):
-    """Tokens a second and padding of the steps that count."""
+    """Tokens a second and padding of the steps that count; for sorted rows also the speed of new lengths."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = lines[1:]
     counted = steps[2 * SORTED_BATCHES :] if row.is_sorted else steps[WARM_UP:]
@@ -351,7 +358,7 @@ FIGURES = [
 
 
 def figures_of_run(out):
-    """What train.py measured of itself; seconds to the first step count from the start of its process."""
+    """The figures that train.py measured. Seconds to the first step count from the start of its process."""
     summary = json.loads((out / "summary.json").read_text())
     found = {name: summary[name] for name in FIGURES}
     found["peak_gb"] = summary["peak_mem_gb"]
@@ -359,11 +366,11 @@ def figures_of_run(out):
     return found
 
 
-# --- a peer: the same lengths, a plain loop around its own model ---
+# --- a peer: its own model in a plain training loop, on recipes of the same lengths ---
 
 
 def load_peer(tool, folder, nf4, ckpt):
-    """The model of Unsloth, or of transformers + peft with or without Liger, with an adapter, ready to train."""
+    """A peer's model with an adapter, ready to train: Unsloth, transformers + peft (hf), or these with Liger."""
     if tool == "unsloth":
         return load_unsloth(folder, nf4, ckpt)
     if tool == "liger":
@@ -374,7 +381,7 @@ def load_peer(tool, folder, nf4, ckpt):
 
 
 def load_unsloth(folder, nf4, ckpt):
-    # Unsloth patches transformers, so it is imported before that.
+    # Import Unsloth before transformers, because Unsloth patches transformers.
     import torch
     from unsloth import FastLanguageModel
 
@@ -431,7 +438,7 @@ def load_transformers(folder, nf4, ckpt):
 
 @dataclass(frozen=True)
 class PeerRow:
-    """What a peer is asked for: rows that differ in our flags only are one row of a peer."""
+    """The part of a row that a peer knows. Rows 1 and 2 differ only in --fp8, so they are one row of a peer."""
 
     lengths: str
     batch: int
@@ -442,13 +449,13 @@ class PeerRow:
 def peer_row(name):
     row = ROWS[name]
     if name == "3":
-        # The largest lengths and batch that fit a peer without checkpoints.
+        # Without checkpoints a card of 80 GB holds no more of a peer than NF4 weights and 32 sorted recipes.
         return PeerRow("sorted", 32, nf4=True, ckpt=False)
     return PeerRow(row.lengths, row.batch, nf4=NF4 in row.flags, ckpt=True)
 
 
 def run_peer(tool, cfg, root):
-    """The rows' lengths through a peer, in this process: one line a kind of lengths, so rows 1 and 2 share theirs."""
+    """Measure a peer in this process. stdout has one JSON line for each different PeerRow."""
     began = time.time()
     done = set()
     model = loaded = None
@@ -458,7 +465,7 @@ def run_peer(tool, cfg, root):
             continue
         done.add(row)
         if loaded != (row.nf4, row.ckpt):
-            # The model before is freed first.
+            # Free the old model before the next one is loaded.
             model = None
             model = load_peer(tool, root / cfg.shape, row.nf4, row.ckpt)
             loaded = (row.nf4, row.ckpt)
@@ -481,7 +488,7 @@ def measure_peer(model, row, cfg, began):
     lengths = sorted(lengths_of(row.lengths, row.batch, cfg.steps), reverse=True)
     batches = [lengths[i : i + row.batch] for i in range(0, len(lengths), row.batch)]
     is_sorted = row.lengths == "sorted"
-    # In a second epoch of sorted batches every length has come before; else the first steps do not count.
+    # Make two epochs of sorted batches and count the second, because by then each length has come before.
     epochs, uncounted = (2, len(batches)) if is_sorted else (1, WARM_UP)
     rates, to_first_step = [], None
     for batch in batches * epochs:
@@ -499,7 +506,7 @@ def measure_peer(model, row, cfg, began):
 
 
 def peer_step(model, optimizer, lengths, vocab):
-    """One step on random tokens, padded to the longest. -> seconds"""
+    """Make one step on random tokens, padded to the longest. -> seconds"""
     import torch
 
     is_real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (R, T)
@@ -519,10 +526,10 @@ def peer_step(model, optimizer, lengths, vocab):
 
 
 def start_peer(tool, cfg):
-    """bench.py again, as that peer: each in a process of its own, because some patch transformers."""
+    """Run bench.py again for one peer, in a process of its own, because some peers patch transformers."""
     values = dataclasses.asdict(cfg) | {"peer": tool}
     flags = [f"--{name}={value}" for name, value in values.items() if not isinstance(value, list)]
-    # The peers need nothing but the folder.
+    # Keep the peers off the network: they need nothing but the folder.
     offline = ["env", "HF_HUB_OFFLINE=1", "UNSLOTH_DISABLE_STATISTICS=1"]
     command = [*offline, sys.executable, __file__, *flags, "--rows", *cfg.rows]
     subprocess.run(command, check=False)

@@ -1,10 +1,11 @@
-"""From text to tokens: recipes become ids that know whether they are targets, in one file that is mapped into memory.
+"""From text to tokens: each recipe becomes token ids with marks that say which of them are targets, in one file.
 
     text = Text("SmolLM2-135M-Instruct")               # the tokenizer of a model folder, and its chat template
-    folder = tokenise(files, data_cfg, rules, text)    # read, clean, tokenise; once, then the cache has it
-    source = TokenFile(folder)
+    folder = tokenise(files, data_cfg, rules, text)    # read, clean, tokenise; again: taken from the cache
+    source = TokenFile(folder)                         # the tokens, mapped into memory
 
-Prompt and completion are tokenised apart and joined, in training and in sampling: a prompt is tokens that training saw.
+Tokenise prompt and completion apart and join their ids, in training and in sampling. Otherwise a token could span the
+seam, and sampling would begin with a prompt of tokens that training never saw.
 """
 
 from cli import Progress, UserError, ahead, say
@@ -29,21 +30,30 @@ import recipes
 from files import disk, sources
 from recipes import BadRow
 
-NEVER = 1 << 31  # this bit of a stored token says that it is never a target
-PROMPT = 1 << 30  # and this one that it is none with --mask_prompt
-IDS = PROMPT - 1  # the bits of the id itself
+# A stored token has 32 bits: two marks, and the id in the other 30.
+# Bit 31: the token is never a target, for example BOS.
+NEVER = 1 << 31
+# Bit 30: the token belongs to the prompt, so it is no target with --mask_prompt.
+PROMPT = 1 << 30
+# The bits of the id.
+IDS = PROMPT - 1
 
-# A row of rows.bin: where a recipe's tokens are in tokens.bin, and recipes.key() of it.
+# A row of rows.bin: where a recipe's tokens begin in tokens.bin, how many they are, and the recipe's recipes.key().
 ROW = np.dtype([("start", "u8"), ("length", "u4"), ("key", "u8")])
 
-CHUNK = 2048  # recipes that are tokenised at a time
-AHEAD = 2  # chunks that are tokenised ahead of need
+# Recipes that are tokenised at a time, and how many such chunks are tokenised ahead of need.
+CHUNK = 2048
+AHEAD = 2
 
-CACHE_KEY_SOURCES = [sources, near, recipes]  # and this file: the tokens change with their code
+# The sources of these modules and of this file are in the cache key, because the tokens depend on their code.
+CACHE_KEY_SOURCES = [sources, near, recipes]
 
 
 class Text:
-    """The tokenizer of a model folder. `bos` begins a recipe and `end` ends it; any of `ends` stops sampling."""
+    """The tokenizer and the chat template of a model folder.
+
+    `bos` are the ids in front of a recipe, none or one. `end` is the id behind a recipe. Any of `ends` stops sampling:
+    Llama-3-Instruct, for example, names two end tokens."""
 
     def __init__(self, folder):
         self.path = Path(folder, "tokenizer.json")
@@ -51,21 +61,21 @@ class Text:
             self.tokenizer = Tokenizer.from_file(str(self.path))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        # "<|im_end|>" inside somebody's recipe is text, not the end token.
+        # Encode "<|im_end|>" inside a recipe as text, because a recipe must not end there.
         self.tokenizer.encode_special_tokens = True
 
         tokens = read_json(Path(folder, "tokenizer_config.json"))
         config = read_json(Path(folder, "config.json"))
         generation = read_json(Path(folder, "generation_config.json"))
 
-        # The source of the chat template: a text, a list of named ones, or None.
+        # The chat template as the folder has it: a text, a list of {"name", "template"}, or None.
         self.source = tokens.get("chat_template")
         beside = Path(folder, "chat_template.jinja")
         if beside.exists():
             with reading(beside):
                 self.source = beside.read_text("utf-8")
 
-        # {"eos_token": "</s>", ...}, which chat templates print
+        # {"eos_token": "</s>", …}: chat templates print these names.
         self.named = {k: token_text(t) for k, t in tokens.items() if k.endswith("_token")}
         eos = self.tokenizer.token_to_id(self.named.get("eos_token") or "")
         ends = ids_in(eos, config.get("eos_token_id"), generation.get("eos_token_id"))
@@ -77,7 +87,7 @@ class Text:
         self.ends = set(ends)
         self.window = config.get("max_position_embeddings") or 2048
 
-        # What the tokenizer's post-processor puts before a text: one BOS, or nothing.
+        # Ask the tokenizer what it puts in front of a text: one BOS, or nothing.
         encoded = self.tokenizer.encode("a")
         self.bos = encoded.ids[: encoded.special_tokens_mask.index(0)]
 
@@ -87,15 +97,18 @@ class Text:
         return [one.ids for one in encoded]
 
     def decode(self, ids):
+        """The text of some ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def prompt(self, prompt, completion=""):
-        """Ids of a prompt, and of a completion's beginning, cut where training cuts: tokenised apart and joined."""
+        """The ids of a prompt and of a completion's beginning, tokenised apart and joined, as in training."""
         prompt_ids, completion_ids = self.encode([prompt, completion])
         return self.bos + prompt_ids + completion_ids
 
     def pieces(self, recipe):
-        """[(text or ids, mark)]: the parts of a recipe that are encoded apart; mark is NEVER, PROMPT or 0."""
+        """[(text or ids, mark)]: the parts of a recipe that are tokenised apart. The mark is NEVER, PROMPT or 0:
+
+        [([1], NEVER), ("Pumpkin Bread", PROMPT), ("\\n\\nIngredients:\\n- 3½ cups flour …", 0), ([2], 0)]"""
         if recipe.messages:
             return self.chat(recipe.messages)
         return [
@@ -106,7 +119,9 @@ class Text:
         ]
 
     def tokens(self, rows):
-        """The marked ids of each list of pieces, as one array a list."""
+        """rows: a list of pieces for each recipe. -> an array of marked ids for each recipe
+
+        All texts of all rows go to the tokenizer in one call, because its own threads then share them."""
         texts = [part for row in rows for part, _ in row if isinstance(part, str)]
         encoded = iter(self.encode(texts))
         out = []
@@ -126,7 +141,8 @@ class Text:
 
     @cached_property
     def template(self):
-        """The model's chat template, and a tokenizer for its text, in which special tokens are special."""
+        """(the model's chat template, a second tokenizer). Special tokens that the template itself prints are special:
+        this tokenizer encodes "<|im_end|>" as the end token."""
         from jinja2 import StrictUndefined, ext, sandbox
 
         named = self.source
@@ -138,20 +154,20 @@ class Text:
             raise UserError(
                 f"{folder} has no chat template, and a chat needs one: name a model that has."
             )
-        # A template is somebody else's code, so it runs in jinja2's sandbox.
+        # Run the template in jinja2's sandbox, because a template is code that came with the model.
         box = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
         )
-        # A StrictUndefined raises where a template prints it.
+        # A template that refuses a chat prints raise_exception("why"). A StrictUndefined raises when it is printed.
         box.globals["raise_exception"] = StrictUndefined
         box.globals["strftime_now"] = time.strftime
         return box.from_string(source), Tokenizer.from_file(str(self.path))
 
     def chat(self, messages, ask=False):
-        """pieces() of a chat, or of a question with `ask`: the assistant's turns and their ends are targets.
+        """The pieces of a chat: the assistant's turns and their end tokens are targets, all else is never a target.
 
-        The template renders numbers in the contents' places, so that a content that looks like a special token stays
-        text. BadRow where the template refuses the chat, or prints not every turn once."""
+        ask: put the beginning of the assistant's turn behind the last turn, for sampling. Raises BadRow where the
+        template refuses the chat, or does not print each turn once and in order."""
         first, *after = self.around_contents(messages, ask)
         if first[:1] != self.bos[:1]:
             first = self.bos + first
@@ -166,21 +182,30 @@ class Text:
         return pieces
 
     def around_contents(self, messages, ask):
-        """The ids that a chat's template puts before the first content, and those behind each content."""
+        """What the template prints around the contents of a chat: ids before the first content, then behind each one.
+
+        The template never sees the contents, because "<|im_end|>" in a content must stay text. It renders numbers
+        between two characters of Unicode's private use area, which no template prints. With « for U+E000, » for U+E001:
+
+            rendered   "<|im_start|>user\\n«0»<|im_end|>\\n<|im_start|>assistant\\n«1»<|im_end|>\\n"
+            split      "<|im_start|>user\\n", "<|im_end|>\\n<|im_start|>assistant\\n", "<|im_end|>\\n"
+
+        Proof: test_a_chat_has_the_ids_of_transformers (tests/test_text.py)."""
         template, tokenizer = self.template
         numbered = [{**turn, "content": f"\ue000{n}\ue001"} for n, turn in enumerate(messages)]
         try:
             rendered = template.render(messages=numbered, add_generation_prompt=ask, **self.named)
-        except Exception as e:  # a template may fail in any way
+        # Catch every Exception, because a template is code that may fail in any way.
+        except Exception as e:
             raise BadRow(f"the chat template refuses it: {e}") from None
-        # What is before the first content, its number, what follows it, the next number, ...
+        # [text, number, text, number, …, text]: the pattern's group makes `split` return the numbers, too.
         parts = re.split("\ue000(\\d+)\ue001", rendered)
         if parts[1::2] != [str(n) for n in range(len(messages))]:
             raise BadRow("the chat template leaves out a turn")
         return [tokenizer.encode(text, add_special_tokens=False).ids for text in parts[::2]]
 
     def end_in(self, ids):
-        """How many ids there are up to and with the first end token; 0 where there is none."""
+        """How many ids there are up to the first end token, which is counted too; 0 where there is no end token."""
         for n, token in enumerate(ids, 1):
             if token in self.ends:
                 return n
@@ -189,15 +214,16 @@ class Text:
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever is wrong with a file of the model folder becomes a sentence that names the file."""
+    """Inside this block any error becomes a UserError that names the file `path` of the model folder."""
     try:
         yield
-    except Exception as e:  # tokenizers raises nothing more special
+    # Catch every Exception, because the package tokenizers raises nothing more special.
+    except Exception as e:
         raise UserError(f"{path} cannot be read ({e}).") from None
 
 
 def read_json(path):
-    """The object in a JSON file; an empty one where there is no file."""
+    """The dict in a JSON file; an empty dict where there is no file."""
     if not path.exists():
         return {}
     with reading(path):
@@ -205,7 +231,7 @@ def read_json(path):
 
 
 def token_text(token):
-    """A token of tokenizer_config.json: its text, or an object with that as its content."""
+    """The text of a token of tokenizer_config.json, which is stored as "</s>" or as {"content": "</s>", …}."""
     if isinstance(token, dict):
         return token["content"]
     return token
@@ -226,9 +252,13 @@ def ids_in(*values):
 
 
 def tokenise(files, data_cfg, rules, text, held=()):
-    """Read, clean and tokenise once. -> folder of tokens.bin, rows.bin and account.json
+    """Read, clean and tokenise some files, if the cache has not their tokens yet. -> the folder with three files:
 
-    What is like a recipe of the files `held` is dropped. data_cfg: clean, allow_bad and cache are read."""
+        tokens.bin     the marked ids of all recipes end to end, 4 bytes a token
+        rows.bin       one ROW a recipe
+        account.json   what became of every row that was read
+
+    held: files whose recipes, and recipes like them, are dropped. Of data_cfg are used: clean, allow_bad and cache."""
     if not data_cfg.clean:
         rules = None
     name = cache_key(files, held, rules, text, data_cfg.allow_bad)
@@ -240,22 +270,22 @@ def tokenise(files, data_cfg, rules, text, held=()):
     kept = Progress(None, "tokenise").over(kept)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(".part", dir=folder.parent) as temporary:
-        # The folder gets its place when it is whole: a preparation that was killed starts again from nothing.
+        # Rename the folder to its place when it is whole, so that nobody reads the half of a killed program.
         part = Path(temporary, name)
         part.mkdir()
         write_tokens(part, keys_and_pieces(kept, text, account), text)
-        # Once more, because the chat template may have refused some.
+        # Check again after `clean`, because the chat template may have refused rows that `clean` kept.
         account.check_bad(files, data_cfg.allow_bad)
         content = json.dumps(asdict(account), ensure_ascii=False)
         (part / "account.json").write_text(content, encoding="utf-8")
-        # An OSError: another process was quicker, with the same content.
+        # Ignore an OSError, because then another process has put the same content there.
         with contextlib.suppress(OSError):
             part.rename(folder)
     return folder
 
 
 def cache_key(files, held, rules, text, allow_bad):
-    """A name that changes with all that the tokens depend on: files, rules, tokenizer, and the code that makes them."""
+    """A hash of all that the tokens depend on: files, rules, tokenizer, chat template, and the code that makes them."""
     every = [*files, *held]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in every]
     code = [Path(module.__file__) for module in CACHE_KEY_SOURCES]
@@ -279,7 +309,7 @@ def cache_key(files, held, rules, text, allow_bad):
 
 
 def keys_and_pieces(kept, text, account):
-    """(key, pieces) of each recipe. One that the chat template refuses is counted as a bad row after all."""
+    """(key, pieces) of each kept recipe. A recipe that the chat template refuses is counted as a bad row instead."""
     for recipe in kept:
         try:
             pieces = text.pieces(recipe)
@@ -290,7 +320,9 @@ def keys_and_pieces(kept, text, account):
 
 
 def write_tokens(folder, made, text):
-    """tokens.bin and rows.bin of the (key, pieces) that are made, encoded ahead of need in a thread."""
+    """Write tokens.bin and rows.bin. made: an iterator of (key, pieces), one a recipe
+
+    A thread tokenises two chunks ahead, while this thread cleans the recipes of the next chunk and writes."""
     made = iter(made)
     chunks = iter(lambda: list(islice(made, CHUNK)), [])
     encoded = ahead(partial(encode, text), chunks, AHEAD)
@@ -302,37 +334,42 @@ def write_tokens(folder, made, text):
 
 
 def encode(text, chunk):
-    """[(key, marked tokens)] of a chunk of (key, pieces)."""
+    """chunk: a list of (key, pieces). -> a list of (key, marked ids)"""
     tokens = text.tokens([pieces for _, pieces in chunk])
     return [(key, marked) for (key, _), marked in zip(chunk, tokens, strict=True)]
 
 
 class TokenFile:
-    """What tokenise left in a folder: tokens, mapped into memory, and one of `rows` (ROW) a recipe."""
+    """The folder that `tokenise` made: `rows` has one ROW a recipe, `tokens` all marked ids.
+
+    The file of the tokens is mapped into memory: the system reads the pages that a batch needs, and frees them again.
+    So 523 million tokens, 2.1 GB, are no memory of the process."""
 
     def __init__(self, folder):
         self.rows = np.fromfile(folder / "rows.bin", dtype=ROW)
         self.tokens = np.zeros(0, dtype="<u4")
-        # An empty file cannot be mapped.
+        # Map the file only if there are recipes, because an empty file cannot be mapped.
         if len(self.rows):
             self.tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")
         self.account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
 
     def recipe(self, start, length, mask_prompt=False):
-        """(ids, those of their indices that are targets) of the recipe whose tokens are there."""
+        """(ids, at): the ids of the recipe whose tokens begin at `start`, and at which of them a target stands."""
         marked = self.tokens[start : start + length]
-        # The marks are the two highest bits, so a smaller number is a target.
+        # The marks are the two highest bits, so a number below the lowest mark is a target.
         lowest_mark = NEVER
         if mask_prompt:
             lowest_mark = PROMPT
         targets = np.flatnonzero(marked < lowest_mark)
-        # Without BOS nothing predicts the first token.
+        # The first token is no target, because no token stands before it to predict it.
         targets = targets[targets > 0]
         return (marked & IDS).astype(np.int64), targets
 
 
 def drop_long(source, text, max_len):
-    """(rows, account) of a TokenFile without the recipes longer than max_len: the last rule, as it needs the tokens."""
+    """(rows, account) of a TokenFile without the recipes longer than max_len.
+
+    max_len is the last rule, because it counts tokens. The token file itself serves any max_len."""
     lengths = source.rows["length"]
     long = np.flatnonzero(lengths > max_len)
     rows = np.delete(source.rows, long)
@@ -351,6 +388,7 @@ def drop_long(source, text, max_len):
 
 
 def why_nothing_is_left(account):
+    """A sentence for the user: the rule that dropped most, or that all rows are bad."""
     dropped = account["dropped"]
     rule = max(dropped, key=dropped.get)
     if dropped[rule]:
@@ -364,7 +402,9 @@ def why_nothing_is_left(account):
 
 
 def check_targets(dataset, text, cfg):
-    """The end token is a target, BOS is there once, and how much is trained on; an error where one fails."""
+    """Check 256 recipes before training: each ends in the end token as a target, and has one BOS where there is one.
+
+    Otherwise a run would end without an error, and the model would never stop writing."""
     sample = dataset.indices[:256]
     targets = 0
     for i in sample:
@@ -381,4 +421,4 @@ def check_targets(dataset, text, cfg):
     say("check", f"end token {text.end} ends {len(sample)} of {len(sample)} rows, as a target")
     say("check", f"BOS: {'exactly one' if text.bos else 'this tokenizer has none'}")
     dropped = f"{dropped} recipes dropped for --max_len {cfg.max_len}"
-    say("check", f"{dropped}; {share:.0%} of tokens are targets")
+    say("check", f"{dropped}; {share:.0%} of the tokens are targets")

@@ -1,13 +1,22 @@
-"""How fast text is written, ours beside transformers and Unsloth, on the same random weights and the same prompts.
+"""Measure how fast texts are written: this code, transformers and Unsloth, on the same random weights and prompts.
 
-    python benchmarks/sampling_speed.py .cache/bench/8b ours:1:none ours:1:nf4 ours:32:none static:1:none
-    python benchmarks/sampling_speed.py .cache/bench/8b unsloth-graphs:1:none
+    python benchmarks/sampling_speed.py .cache/bench/8b ours:1:none ours:1:nf4 ours:32:none ours:32:nf4 eager:1:none
+    python benchmarks/sampling_speed.py .cache/bench/8b static:1:none dynamic:1:none static:32:none
+    python benchmarks/sampling_speed.py .cache/bench/8b unsloth-graphs:1:none unsloth-graphs:32:nf4
+    python benchmarks/sampling_speed.py .cache/bench/8b unsloth:1:nf4 unsloth:32:nf4 unsloth:1:none
 
-The folder is made if it is not there (a GPU and 16 GB of disk). who:batch:kind, who being ours (compiled, one graph a
-token), eager (ours without), dynamic and static (transformers' caches), unsloth and unsloth-graphs (its decoding in
-CUDA graphs); each of these two in a process of its own, as Unsloth patches transformers. Prompts of 64 tokens, 256 new
-ones, greedy, nothing ends a text. A line of JSON each: tok_s counts all from the prompt on, decode_tok_s from the first
-token on.
+The first argument is the folder of the model, which is made if it is missing (this takes a GPU and 16 GB of disk). Each
+other argument is a row, who:batch:weights, with weights none (bf16), nf4 or fp8. who is one of:
+
+    ours              sample.py's engine with --compile: a decode step is one CUDA graph
+    eager             the same engine without --compile
+    static, dynamic   transformers with its static or its dynamic cache
+    unsloth           Unsloth as it comes
+    unsloth-graphs    Unsloth with its decoding in CUDA graphs
+
+Run the last two in a process of their own each, because Unsloth patches transformers. A prompt has 64 tokens and gets
+256 new ones, greedy; no token ends a text. stdout has one JSON line a row: tok_s counts the time from the prompt on,
+decode_tok_s from the first new token on.
 """
 
 import gc
@@ -18,7 +27,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-T, NEW = 64, 256
+T, NEW = 64, 256  # tokens of a prompt, and new ones
 
 
 def ours(folder, B, kind, prompts, compiled):
@@ -44,7 +53,7 @@ def ours(folder, B, kind, prompts, compiled):
     began = time.time()
     engine = Engine(model, prompts, sample.sampling(cfg))
     out["compile_s"] = time.time() - began
-    # The last counts: the first call of a kernel loads it, the second pass of a shape is recorded.
+    # The third time counts, because the first one loads kernels and the second one records a CUDA graph.
     for _ in range(3):
         speeds = time_once(engine, prompts)
     return out | speeds
@@ -67,7 +76,7 @@ def time_once(engine, prompts):
 
 
 def speeds_of(B, taken, first):
-    """taken, first: seconds to the last and to the first new tokens of B texts."""
+    """taken: seconds to the last new token of B texts; first: seconds to the first one"""
     tokens = B * NEW
     return {
         "tok_s": tokens / taken,
@@ -77,6 +86,7 @@ def speeds_of(B, taken, first):
 
 
 def theirs(model, prompts, **how):
+    """Measure a model with transformers' generate. Its third call counts, as in `ours`."""
     import torch
 
     ids = torch.tensor(prompts, device="cuda")
@@ -146,20 +156,20 @@ def measure(who, *args):
 
 
 def import_unsloth(rows):
-    """Unsloth has to be imported before all others, and patches them: one kind of it a process."""
+    """Import Unsloth before all others, because Unsloth patches them; so a process has one kind of rows."""
     if any(row.startswith("unsloth-graphs") for row in rows):
         os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = "1"
     kinds = {row.split(":")[0] if row.startswith("unsloth") else "" for row in rows}
     if len(kinds) > 1:
         raise SystemExit(
-            "unsloth and unsloth-graphs each in a process of its own: they patch the others"
+            "run unsloth and unsloth-graphs each in a process of its own, because Unsloth patches the others"
         )
     if kinds != {""}:
-        import unsloth as _  # noqa: F401 (before all others)
+        import unsloth as _  # noqa: F401 (imported for its patches)
 
 
 def one_row(folder, row):
-    """-> what is printed of one who:batch:kind"""
+    """Measure one row, who:batch:weights. -> the content of its JSON line"""
     import torch
 
     who, B, kind = row.split(":")
@@ -172,7 +182,7 @@ def one_row(folder, row):
     try:
         numbers = measure(who, folder, int(B), kind, prompts)
         out |= {name: round(value, 3) for name, value in numbers.items()}
-    except Exception as e:  # noqa: BLE001 (a peer that fails here should not take the others along)
+    except Exception as e:  # noqa: BLE001 (one peer that fails should not end the others' measurements)
         out["error"] = f"{type(e).__name__}: {str(e).strip().splitlines()[-1:]}"
     if has_gpu:
         out["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
@@ -184,12 +194,14 @@ WHO = ["ours", "eager", "static", "dynamic", "unsloth", "unsloth-graphs"]
 
 
 def arguments(argv):
-    """-> (folder, rows), each row who:batch:kind"""
+    """-> (folder, rows), each row who:batch:weights"""
     folder, *rows = argv
     for row in rows:
         who, batch, kind = row.split(":")
         if who not in WHO or int(batch) < 1 or kind not in ("none", "nf4", "fp8"):
-            raise SystemExit(f"{row} is no row: who:batch:kind, with who one of {', '.join(WHO)}")
+            raise SystemExit(
+                f"{row} is no row: who:batch:weights, with who one of {', '.join(WHO)}"
+            )
     return folder, rows
 
 
@@ -204,7 +216,8 @@ def main():
     for row in rows:
         print(json.dumps(one_row(folder, row)), flush=True)
         torch.compiler.reset()
-        gc.collect()  # what is compiled refers to itself
+        # Collect, because compiled code is part of reference cycles and would keep the old model on the card.
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -1,10 +1,11 @@
-"""Many prompts at once beside each alone: the same texts?
+"""Write many prompts in one batch, some of them again alone, and compare the texts.
 
     python benchmarks/thousand_prompts.py out prompts.txt       # a run, and a file of sample.py's --prompts
+    python benchmarks/thousand_prompts.py out prompts.txt 64 50   # rows of the batch, texts that are written alone
 
-In fp32, greedy and sampled, 50 of the texts are written again alone and must be the same, token by token. In bf16 a
-batch rounds differently from a row: where a text parts from its single run, the two tokens must have been close, 0.1
-(logit / temperature + noise: 0.1 / temperature), by the same weights multiplied in fp32. A line of JSON for each.
+stdout has one JSON line for each of fp32 greedy, fp32 sampled, bf16 greedy and bf16 sampled. In fp32 each text must be
+the same alone, token by token. In bf16 a batch rounds differently from a row, so a text may differ. At the first token
+that differs the two choices must be close: within 0.1 (sampled: 0.1 / temperature) by the same weights in fp32.
 """
 
 import json
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def written(model, prompts, ends, sampling):
-    """[new ids] of each prompt"""
+    """Write all prompts. -> the new ids of each"""
     from generate import Engine, Scheduler
 
     engine = Engine(model, prompts, sampling)
@@ -25,7 +26,7 @@ def written(model, prompts, ends, sampling):
 
 
 def parting(one, other):
-    """The first place where two lists of ids differ."""
+    """The first index at which two lists of ids differ."""
     for n, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return n
@@ -33,7 +34,9 @@ def parting(one, other):
 
 
 def gap(exact, prompt, one, other, ends, sampling):
-    """How far the two tokens with which `one` and `other` part are from each other, by a model in fp32."""
+    """The distance of the two tokens at which `one` and `other` part: of their logits, by a model in fp32.
+
+    For sampled texts it is the distance of logit / temperature + noise, of which sampling takes the largest."""
     import torch
 
     import generate
@@ -49,14 +52,14 @@ def gap(exact, prompt, one, other, ends, sampling):
         pos = torch.tensor([ids.shape[1]], device=device)
         noise = generate.noise(key, pos, logits.shape[1])
         logits = logits / sampling.temperature + noise
-    # One of the two may have ended there.
+    # One of the two texts may have ended there: then its token is the end token.
     a = [*one, *ends][n]
     b = [*other, *ends][n]
     return round(abs(logits[0, a] - logits[0, b]).item(), 4)
 
 
 def compare(cfg, file, alone):
-    """-> what is printed of one dtype and temperature"""
+    """Compare with one dtype and temperature. -> the content of its JSON line"""
     import torch
 
     import sample
@@ -74,7 +77,7 @@ def compare(cfg, file, alone):
     some = range(0, len(prompts), step)[:alone]
     mine = [prompts[i] for i in some]
     single = written(model, mine, text.ends, replace(sampling, batch_size=1))
-    # The same weights, as they were rounded, multiplied in fp32.
+    # Load the rounded weights of `model` into a model that multiplies in fp32.
     exact, _, _ = sample.load(replace(cfg, dtype="fp32", compile=False))
     exact.load_state_dict(model.state_dict())
     gaps = []
@@ -96,7 +99,7 @@ def compare(cfg, file, alone):
 
 
 def arguments(argv):
-    """-> (run, file of prompts, rows of a batch, texts that are written again alone)"""
+    """-> (run, file of prompts, rows of the batch, texts that are written again alone)"""
     run, file, *numbers = argv
     rows, alone = [*map(int, numbers), *(64, 50)[len(numbers) :]]
     return run, file, rows, alone
@@ -119,7 +122,7 @@ def main(run, file, rows, alone):
                 bound = 0
             if any(not gap <= bound for gap in out["gaps"]):
                 raise SystemExit(
-                    f"a text parts from its single run where the two tokens were not within {bound}"
+                    f"a text differs from the one written alone, and the two tokens are not within {bound}"
                 )
 
 

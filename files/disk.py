@@ -1,13 +1,16 @@
-"""How every file of ours reaches the disk: whole or not at all.
+"""Write files whole or not at all; lock a folder; recognise a model folder; find the cache folder.
 
-    write_json("run.json", {...})          # written beside its place, synced, renamed
+    write_json("run.json", {...})          # write under another name, sync, rename
     write_tensors("a.safetensors", {...})
     with atomic("curve.png") as beside: figure.savefig(beside)
-    held = lock(folder)                    # one process owns the folder, until this one ends
-    fingerprint(model_folder)              # which model, in a fraction of a second
+    held = lock(folder)                    # one process owns the folder until that process ends
+    fingerprint(model_folder)              # tells two models apart in a fraction of a second
     cache_folder(".cache")                 # beside the code, unless the path is absolute
 
-A program that is killed between any two of its writes leaves whole files only.
+A program that is killed while it writes leaves the old file or the new one, never half a file:
+
+    killed while writing .run.json.42.part     run.json is still the old one
+    killed after the rename                    run.json is the new one, all of it on the disk
 """
 
 import contextlib
@@ -25,41 +28,45 @@ except ImportError:  # Windows
         "error: this program needs Linux or macOS; on Windows run it under WSL."
     ) from None
 
-ROOT = Path(__file__).parents[1]  # of the project
+ROOT = Path(__file__).parents[1]  # the folder of the project
 
-# A run that trained all weights is a model folder, too. These two files of it change without the model changing.
+# The folder of a run that trained all weights is a model folder, too. A fingerprint leaves these two files out,
+# because a run writes them without changing its model.
 NO_WEIGHTS_OF_A_MODEL = ("state.safetensors", "adapter_model.safetensors")
 
-SAMPLES = 65  # places of a shard that its fingerprint reads
+# A fingerprint reads this many samples of each shard, each this long.
+SAMPLES = 65
 SAMPLE_BYTES = 65536
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give a path beside `path` to write to; sync and rename it when the block ends well, else remove it."""
+    """Yield a path beside `path` to write to. Sync and rename that file at the end; remove it after an error."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
-        # The content is on the disk before the name points to it, and the name before this returns.
+        # Sync the content before the rename, because a power cut could else leave the new name on an empty file.
         sync(beside)
         set_usual_mode(beside)
         os.replace(beside, path)
+        # Sync the folder, too, because the folder holds the name.
         sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def sync(path):
-    """Wait until a file or a folder is on the disk."""
+    """Wait until the system has put a file or a folder on the disk."""
     number = os.open(path, os.O_RDONLY)
     os.fsync(number)
     os.close(number)
 
 
 def set_usual_mode(path):
-    """Give a file the mode of any new file: safetensors makes files that only their owner reads."""
-    mask = os.umask(0)  # the only way to read the umask is to set it
+    """Give a file the permissions of any new file, because safetensors makes files that only their owner can read."""
+    # Set the umask to read the umask: there is no other way.
+    mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
 
@@ -71,8 +78,8 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """{name: tensor} as safetensors, from any device. A full disk is an OSError like any other."""
-    # These import torch, which takes seconds that data.py does not need.
+    """Write {name: tensor} as safetensors, from any device. A full disk raises OSError, as for any other file."""
+    # Import here, because these modules import torch, which takes seconds and which data.py does not need.
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -86,15 +93,15 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def error_number(error):
-    """The system's number of an error in the words of a Rust library, "… (os error 28)"; 0 where it names none."""
+    """The system's error number in a Rust library's message, 28 in "… (os error 28)"; 0 if the message has none."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else 0
 
 
 def lock(folder):
-    """Own a folder as long as the returned file is open; raise BlockingIOError where another process owns it.
+    """Own a folder as long as the returned file is open. Raise BlockingIOError if another process owns the folder.
 
-    The system lets go of a flock when its process dies, however it dies: no stale lock has to be removed by hand."""
+    The system releases a flock when its process ends, even by a kill, so nobody ever removes a stale lock by hand."""
     held = open(Path(folder) / ".lock", "w")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,8 +112,10 @@ def lock(folder):
 
 
 def fingerprint(folder):
-    """A model folder's identity in a fraction of a second: config.json, and of each shard its size and 64 kB at 65
-    places, the first at its header, the last at its end. A fine-tune changes weights everywhere; a forger need not."""
+    """A hash that tells model folders apart, of config.json and of each shard's size and 65 samples of 64 kB.
+
+    The first sample is a shard's begin, the last its end. Samples are enough, because a fine-tune changes weights
+    everywhere: 16 GB in 4 shards need 17 MB of reading. A change of one weight on purpose may go unnoticed."""
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in sorted(folder.glob("*.safetensors")):
@@ -126,5 +135,5 @@ def add_samples(digest, shard):
 
 
 def cache_folder(cache):
-    """The folder of --cache: beside the code, unless its path is absolute."""
+    """The folder that --cache names: beside the code, unless the path is absolute."""
     return ROOT / cache

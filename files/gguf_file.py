@@ -1,10 +1,15 @@
-"""A GGUF file, llama.cpp's format, as a Hugging Face folder.
+"""Convert a GGUF file, llama.cpp's format, into a Hugging Face folder.
 
     convert("model.gguf", "folder")
 
-A GGUF file is metadata and tensors in one file. The `gguf` package parses and dequantises. This file gives the tensors
-Hugging Face's names, puts the rows of q and k in Hugging Face's order, and builds tokenizer.json from its parts,
-because GGUF only names the pre-tokenizer. Weights become fp32, which loses nothing.
+A GGUF file holds metadata and tensors. The `gguf` package parses the file and dequantises the tensors. This file does
+the rest:
+
+    config.json          from the metadata, under Hugging Face's keys
+    model.safetensors    the tensors under Hugging Face's names, with the rows of q and k in Hugging Face's order
+    tokenizer.json       built from its parts, because GGUF stores the vocabulary and only a name of the pre-tokenizer
+
+Weights become fp32, because fp32 holds every dequantised number exactly. The cost is disk: 4 bytes a weight.
 """
 
 import cli
@@ -18,16 +23,17 @@ import numpy as np
 
 from files import disk
 
-SHARD_BYTES = 2_000_000_000  # no more of a model than this is in memory at a time
+# The largest size of a shard, because one shard at a time is in memory.
+SHARD_BYTES = 2_000_000_000
 
-# {llama.cpp's name: Hugging Face's} of the tensors that stand once in a model …
+# {llama.cpp's name: Hugging Face's name} of the tensors that a model has once.
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
 }
 
-# … and of those that stand once in a block.
+# The same of the tensors that each block has.
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -40,9 +46,10 @@ BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-ROPE_FACTORS = "rope_freqs.weight"  # no weight: Llama 3.1's RoPE scaling as numbers
+# This tensor is no weight: llama.cpp keeps Llama 3.1's RoPE scaling in it.
+ROPE_FACTORS = "rope_freqs.weight"
 
-# {key of config.json: key of the metadata, after "llama."}
+# {key of config.json: key of the metadata without its prefix "llama."}
 KEYS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -61,27 +68,28 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# {name of a pre-tokenizer: what its steps cut out of a text}
+# {name of a pre-tokenizer: the regexes by which its steps cut a text into pieces}
 SPLITS = {
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
     "llama-bpe": [LLAMA3],
 }
 
-# The kinds of a token, as llama.cpp numbers them. The others are 5, unused, and 6, a byte.
+# llama.cpp's numbers for the kinds of a token. Not needed here: 5, unused, and 6, a byte.
 NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3
 USER_DEFINED = 4
 
 
-# --- the way of a file ---
+# --- the conversion ---
 
 
 def convert(src, dst):
-    """Make the Hugging Face folder dst of the GGUF file src, beside its place and renamed when whole; returns dst.
+    """Convert the GGUF file src into the Hugging Face folder dst. -> dst
 
-    Raises UserError for a file that is cut off or damaged, is no Llama, or has a tensor too many or too few."""
+    Write into a folder beside dst and rename it at the end, so that dst is never half there. Raise UserError if src is
+    damaged or no Llama, or if a tensor is missing or unknown."""
     src = Path(src)
     dst = Path(dst)
     say("convert", f"{src} to {dst}")
@@ -89,17 +97,17 @@ def convert(src, dst):
     part.mkdir(parents=True)
     try:
         fill(part, src)
-        # Another process may have been quicker.
+        # Another process may have made the same folder meanwhile: keep that one.
         if not (dst / "config.json").exists():
             os.replace(part, dst)
     except (UserError, OSError, MemoryError):
         raise
-    except Exception as e:  # over a broken file gguf, numpy and tokenizers raise all kinds
+    except Exception as e:  # gguf, numpy and tokenizers raise many kinds over a damaged file
         number = disk.error_number(e)
         if number:
             raise OSError(number, os.strerror(number), str(dst)) from None
         raise UserError(
-            f"{src} is cut off, damaged or no GGUF file ({type(e).__name__}: {e}). Get it again."
+            f"{src} is cut off, damaged or no GGUF file ({type(e).__name__}: {e}). Download it again."
         ) from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -122,12 +130,12 @@ def fill(folder, src):
 
 
 def read(src):
-    """({key: value}, {name: tensor}); a tensor has .data (as stored), .tensor_type and .n_elements."""
+    """-> ({key: value}, {name: tensor}). A tensor has .data (as stored), .tensor_type and .n_elements."""
     import gguf
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, **more):
-            # At the file's end gguf's own gives less than it was asked for, without a word.
+            # gguf's own _get returns too little at the end of a cut-off file, without an error.
             size = int(count) * np.dtype(dtype).itemsize
             if offset + size > len(self.data):
                 raise ValueError("it ends too early")
@@ -140,7 +148,9 @@ def read(src):
 
 
 def refuse(src, refusals):
-    """Raise UserError for the first of {what: whether it is refused}. What cannot be reproduced is refused by name."""
+    """Raise UserError for the first feature in {feature: whether the file has it} that the file has.
+
+    Refuse a feature by name, because a folder without that feature would give other logits."""
     for what, is_refused in refusals.items():
         if is_refused:
             raise UserError(f"{src}: {what} is not supported.")
@@ -150,7 +160,7 @@ def refuse(src, refusals):
 
 
 def make_config(src, meta, tensors):
-    """config.json as transformers 4 and 5 read it."""
+    """The content of config.json, for transformers 4 and 5: each reads keys of its own."""
     check_kinds(src, meta)
     found = llama_values(src, meta)
     scaling = rope_scaling(src, found, tensors)
@@ -177,7 +187,7 @@ def make_config(src, meta, tensors):
 
 
 def check_kinds(src, meta):
-    """The architecture and the tokenizer are of a kind that this file knows."""
+    """Refuse an architecture or a tokenizer that this file does not know."""
     architecture = meta.get("general.architecture")
     parts = meta.get("split.count", 1)
     tokenizer = meta.get("tokenizer.ggml.model")
@@ -192,7 +202,7 @@ def check_kinds(src, meta):
 
 
 def llama_values(src, meta):
-    """{key without "llama.": value} of the metadata, with what llama.cpp takes where a key is not there."""
+    """{key without "llama.": value} of the metadata. A missing key gets llama.cpp's default."""
     found = {}
     for key, value in meta.items():
         if isinstance(value, float):
@@ -212,12 +222,12 @@ def llama_values(src, meta):
 
 
 def shortest_decimal(value):
-    """The shortest decimal that means the stored float32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal that rounds to the stored float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def rope_scaling(src, found, tensors):
-    """config.json's rope_scaling; None where the angles are not scaled."""
+    """The rope_scaling of config.json; None if the angles are not scaled."""
     D = found["attention.key_length"]
     kind = found["rope.scaling.type"]
     factor = found["rope.scaling.factor"]
@@ -234,13 +244,13 @@ def rope_scaling(src, found, tensors):
 
 
 def llama3_scaling(src, factors, D, theta):
-    """Llama 3.1's scaling from the D/2 factors that a GGUF file holds in its place.
+    """The rope_scaling of Llama 3.1, from the D/2 factors that a GGUF file stores instead.
 
-    The factor is the largest of them; all of them are computed again, to see that the scaling is no other one."""
+    The largest factor is Llama 3.1's `factor`. Compute all D/2 from it and compare, to refuse any other scaling."""
     factor = round(float(factors.max()), 4)
     low = 1.0
     high = 4.0
-    length = 8192  # of the first training
+    length = 8192  # tokens, of the first training
     frequencies = theta ** -(np.arange(0, D, 2) / D)  # [D/2]
     turns = length * frequencies / (2 * np.pi)
     keep = ((turns - low) / (high - low)).clip(0, 1)
@@ -260,7 +270,7 @@ def llama3_scaling(src, factors, D, theta):
 
 
 def tensor_names(config):
-    """{Hugging Face's name of a tensor: GGUF's} of a model, in the order of its layers."""
+    """{Hugging Face's name of a tensor: GGUF's name} of a model, in the order of the layers."""
     names = {f"{hf}.weight": f"{ours}.weight" for ours, hf in NAMES.items()}
     if config["tie_word_embeddings"]:
         del names["lm_head.weight"]
@@ -281,18 +291,18 @@ def has_bias(hf, config):
 
 
 def check_names(src, tensors, names):
-    """Every tensor of the file has a name in the model, and every name a tensor."""
+    """Raise UserError unless the file has exactly the tensors of the model."""
     there = tensors.keys() - {ROPE_FACTORS}
     wanted = set(names.values())
     for name in sorted(there ^ wanted):
-        wrong = "not one of a Llama" if name in there else "missing"
+        wrong = "not part of a Llama" if name in there else "missing"
         raise UserError(f"{src}: tensor {name} is {wrong}.")
 
 
 def write_weights(src, folder, config, tensors):
-    """Dequantise into shards of at most SHARD_BYTES (a larger tensor has its own).
+    """Dequantise all tensors into shards of at most SHARD_BYTES; a larger tensor gets a shard of its own.
 
-    Returns their index, or None where one file holds all."""
+    -> the index of the shards, or None if there is one shard"""
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
@@ -319,15 +329,15 @@ def write_weights(src, folder, config, tensors):
 
 
 def hf_tensor(src, tensor, config):
-    """A tensor's numbers in fp32, with its rows in Hugging Face's order."""
+    """The numbers of a tensor in fp32, with the rows in Hugging Face's order."""
     from gguf import dequantize
 
     x = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     if not np.isfinite(x).all():
         raise UserError(
-            f"{src}: {tensor.name} has numbers that are not finite. The file is damaged, get it again."
+            f"{src}: {tensor.name} has numbers that are not finite. The file is damaged: download it again."
         )
-    kind = tensor.name.split(".")[-2]  # blk.0.attn_q.weight: attn_q
+    kind = tensor.name.split(".")[-2]  # attn_q of blk.0.attn_q.weight
     if kind == "attn_q":
         return hf_rows(x, config["num_attention_heads"])
     if kind == "attn_k":
@@ -338,7 +348,10 @@ def hf_tensor(src, tensor, config):
 def hf_rows(x, heads):
     """The rows [heads * D, …] of q or k in Hugging Face's order.
 
-    RoPE turns pairs of rows of a head: llama.cpp's are (0, 1), (2, 3), …, Hugging Face's (i, i + D/2)."""
+    RoPE turns pairs of rows of a head: (0, 1), (2, 3), … in llama.cpp, (i, i + D/2) in Hugging Face. With D = 6:
+
+        llama.cpp       a0 b0 a1 b1 a2 b2
+        Hugging Face    a0 a1 a2 b0 b1 b2"""
     pairs = x.reshape(heads, -1, 2, *x.shape[1:])  # [heads, D/2, 2, …]
     halves = pairs.swapaxes(1, 2)  # [heads, 2, D/2, …]
     return np.ascontiguousarray(halves).reshape(x.shape)
@@ -348,7 +361,7 @@ def hf_rows(x, heads):
 
 
 def make_tokenizer(meta):
-    """(a tokenizers.Tokenizer, the content of tokenizer_config.json, that of generation_config.json)."""
+    """-> (a tokenizers.Tokenizer, the content of tokenizer_config.json, the content of generation_config.json)"""
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}
     if meta["model"] == "gpt2":
         tokenizer = byte_level_tokenizer(meta)
@@ -362,7 +375,7 @@ def make_tokenizer(meta):
 
 
 def byte_level_tokenizer(meta):
-    """Byte-level BPE, as GPT-2, SmolLM and Llama 3 have it: a pre-tokenizer cuts, merges join bytes within a piece."""
+    """Byte-level BPE, of GPT-2, SmolLM, Llama 3: a pre-tokenizer cuts a text, and merges join bytes within a piece."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pre = meta.get("pre")
@@ -377,7 +390,7 @@ def byte_level_tokenizer(meta):
 
 
 def sentencepiece_tokenizer(meta):
-    """SentencePiece's BPE, as Llama 2 has it: a space is ▁, and what no piece covers becomes its bytes."""
+    """SentencePiece's BPE, of Llama 2: a space becomes ▁, and a character that no piece has becomes its bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens = meta["tokens"]
@@ -391,7 +404,7 @@ def sentencepiece_tokenizer(meta):
     )
     normal = [normalizers.Replace(" ", "▁")]
     decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    # A text begins with a space that is not its own.
+    # SentencePiece puts a space before each text, and decoding takes that space away.
     if meta.get("add_space_prefix", True):
         normal.insert(0, normalizers.Prepend("▁"))
         decode.append(decoders.Strip(" ", 1, 0))
@@ -402,9 +415,10 @@ def sentencepiece_tokenizer(meta):
 
 
 def sentencepiece_merges(meta, vocab):
-    """The merges of a vocabulary that only has scores: any split of a piece into two pieces, the best-scored first.
+    """The merges of a vocabulary that has scores instead of merges: each split of a piece into two pieces.
 
-    SentencePiece joins whichever pair of neighbours is the piece of the best score."""
+    Sort by the score of the joined piece, best first, because SentencePiece joins the two neighbours whose piece has
+    the best score. Of the pieces a, b, c, ab (the best score) and abc the merges are (a, b), then (ab, c)."""
     tokens = meta["tokens"]
     score = {}
     for token, points, kind in zip(tokens, meta["scores"], meta["token_type"], strict=True):
@@ -422,7 +436,7 @@ def sentencepiece_merges(meta, vocab):
 
 
 def add_special_tokens(tokenizer, meta):
-    """Tokens that are matched in a text as a whole; those that a user defined are text all the same."""
+    """Add the tokens that a text is searched for as a whole. Of these, user-defined tokens stay ordinary text."""
     from tokenizers import AddedToken
 
     added = []
@@ -433,7 +447,7 @@ def add_special_tokens(tokenizer, meta):
 
 
 def special_ids(meta):
-    """{"bos", "eos", "pad": its id}, those that the file names."""
+    """{"bos", "eos" or "pad": its id}, of the tokens that the file names."""
     keys = {
         "bos": "bos_token_id",
         "eos": "eos_token_id",
@@ -448,7 +462,7 @@ def begins_with_bos(meta):
 
 
 def add_bos(tokenizer, bos, bos_id):
-    """Let each text begin with the token."""
+    """Let the tokenizer put the BOS token before each text."""
     from tokenizers import processors
 
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -457,7 +471,7 @@ def add_bos(tokenizer, bos, bos_id):
 
 
 def make_tokenizer_config(meta, ids):
-    # At the name GPT2Tokenizer transformers would cut texts in its own way.
+    # Name PreTrainedTokenizerFast, because transformers would replace the pre-tokenizer of a GPT2Tokenizer.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -474,7 +488,7 @@ def make_generation_config(meta, ids):
     for key in ("eos_token_id", "eot_token_id", "eom_token_id"):
         if key in meta and meta[key] not in ends:
             ends.append(meta[key])
-    # A turn of a chat ends with another token than a text.
+    # A turn of a chat ends with another token than a text, so a model may have several end tokens.
     if len(ends) > 1:
         config["eos_token_id"] = ends
     return config

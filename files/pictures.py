@@ -4,13 +4,13 @@ import numpy as np
 
 from files.disk import atomic
 
-# Of a cell in a picture of batches: nothing, a recipe, its neighbour, padding.
+# What a cell of a picture of batches shows: nothing, a recipe, the next recipe of the row, padding.
 NOTHING, RECIPE, NEIGHBOUR, PADDED = range(4)
 COLOURS = ["white", "C0", "lightskyblue", "C3"]
 
 
 def curve(path, history):
-    """The losses in the lines of metrics.jsonl, over the steps."""
+    """Draw the training loss and the held-out loss over the steps. history: the lines of metrics.jsonl, as dicts"""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="tight")
@@ -24,7 +24,7 @@ def curve(path, history):
 
 
 def draw_line(axes, history, key, color, label, marker=""):
-    """One value of the history, at the steps that have it."""
+    """Draw history[…][key] at the steps that have this key."""
     lines = [line for line in history if line.get(key) is not None]
     if lines:
         steps = [line["step"] for line in lines]
@@ -33,9 +33,9 @@ def draw_line(axes, history, key, color, label, marker=""):
 
 
 def padding(path, panels, lengths, max_len, dropped):
-    """Batches in up to three ways, padding in red; and the lengths of all recipes.
+    """Draw up to three panels of batches, padding in red, and a histogram of the lengths of all recipes.
 
-    panels: [(title, rows)], and of each row (lengths of the recipes in it, its width) in tokens."""
+    panels: [(title, rows)]. A row is (lengths of its recipes, its width), in tokens: ([5, 2], 8) has 1 of padding."""
     from matplotlib import colors
     from matplotlib.figure import Figure
 
@@ -54,7 +54,9 @@ def padding(path, panels, lengths, max_len, dropped):
 
 
 def cells_of(rows):
-    """What each cell of a picture of batches shows: recipes end to end, in two colours by turns, then padding."""
+    """What each cell of a picture of batches shows, [rows, tokens]: recipes in two colours by turns, then padding.
+
+    The row ([2, 1, 2], 6) becomes recipe recipe neighbour recipe recipe padding."""
     widest = max(width for _, width in rows)
     cells = np.full((len(rows), widest), NOTHING)
     for row, (lengths, width) in zip(cells, rows, strict=True):

@@ -4,7 +4,8 @@
         for path, line, row in rows:
             ...  # row is a dict, or the BadRow that stands in its place
 
-What a row means is the business of recipes.py. No file is held in memory but a .json, which is one value.
+recipes.py decides what the fields of a row mean. Files are read a thousand rows at a time; only a .json file, which is
+one JSON value, is held in memory as a whole.
 """
 
 from cli import UserError
@@ -19,13 +20,14 @@ import zlib
 from itertools import islice
 from pathlib import Path
 
-# The columns of RecipeNLG's CSV that are read. All but the title hold a list, as JSON inside the cell.
+# The columns of RecipeNLG's CSV that are used. Each but the title holds a list, written as JSON inside the cell.
 COLUMNS = ["title", "ingredients", "directions", "NER"]
 NEEDED = COLUMNS[:3]
 LARGEST_CELL = 2**31 - 1
 
 ROWS_OF_A_LIST = 1000
-LARGE = 2**25  # bytes: reading more than this is worth several processes
+# Files of more bytes than this are worth several processes.
+LARGE = 2**25
 
 
 class BadRow(Exception):
@@ -33,12 +35,14 @@ class BadRow(Exception):
 
 
 def kind_of(path):
-    """The ending that says how a file is read, without the .gz behind it."""
+    """The ending that says how to read a file: "a.CSV.gz" is ".csv"."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def check(paths):
-    """A UserError for the first path that is no file of a known kind: a typo in the last one should cost no time."""
+    """A UserError for the first path that is no file of a known kind.
+
+    Check all files before the first is read, because a typo in the last one should show at once."""
     for path in paths:
         if path.is_file() and kind_of(path) in FORMATS:
             continue
@@ -54,16 +58,18 @@ def check(paths):
 
 
 def are_large(paths):
-    """Whether several processes should share the rows. A .json is one value, which each process would have to parse."""
+    """Whether several processes should share the rows of these files.
+
+    With a .json file they should not, because each process would parse the whole file."""
     if any(kind_of(path) == ".json" for path in paths):
         return False
     return sum(path.stat().st_size for path in paths) > LARGE
 
 
 def read(paths, rank=0, processes=1):
-    """Lists of a thousand (path, line, row). With n `processes`, each gets every n-th list, beginning with its rank.
+    """Lists of a thousand (path, line, row). With 3 processes, rank 0 gets lists 0, 3, 6 …, rank 1 gets 1, 4, 7 …
 
-    Splitting files into raw rows is quick, so each process does that for all; only its own rows are decoded."""
+    Each process splits all files into raw rows, because splitting is quick, but decodes only its own lists."""
     raw_rows = (raw for path in paths for raw in split(path))
     lists = iter(lambda: list(islice(raw_rows, ROWS_OF_A_LIST)), [])
     for raw_list in islice(lists, rank, None, processes):
@@ -74,27 +80,27 @@ def read(paths, rank=0, processes=1):
 
 
 def split(path):
-    """(path, line, raw row) of each row of a file. Errors of the file as a whole become a UserError."""
+    """(path, line, raw row) of each row of a file. An error of the file as a whole becomes a UserError."""
     opened = open
     if path.suffix.lower() == ".gz":
         opened = gzip.open
     rows_of = FORMATS[kind_of(path)]
     try:
-        # In binary: in a text file, U+2028 inside a string may end a line, too.
+        # Open in binary, because then only "\n" ends a line, and a broken byte spoils one row only.
         with opened(path, "rb") as file:
             for line, raw in rows_of(file, path):
                 yield path, line, raw
     except (EOFError, zlib.error, OSError, csv.Error) as e:
-        # Mostly a gzip file that is cut off or corrupt, or that is none.
+        # In most cases a gzip file that is cut off or corrupt, or a file that is no gzip.
         message = f"{path} cannot be read to its end: {e}. Fetch it again if it was cut off."
         raise UserError(message) from e
     except (ValueError, RecursionError) as e:
-        # Of a .json. ValueError is broken JSON or broken UTF-8, and says where.
+        # Only a .json file comes here. A ValueError is broken JSON or broken UTF-8, and its text says where.
         raise UserError(f"{path} is broken JSON: {e}.") from e
 
 
 def json_values(file, path):
-    """(number, value) of a JSON file: a list of rows, an object of them, or a single one."""
+    """(number, row) of each row of a JSON file. The file holds a list of rows, an object of rows, or one row."""
     content = json.loads(file.read())
     if isinstance(content, dict):
         content = content.values()
@@ -109,9 +115,9 @@ def json_lines(file, path):
 
 
 def csv_cells(file, path):
-    """(number of its first line, cells of COLUMNS) of each row of a CSV file, or (number, BadRow)."""
+    """(line, cells of COLUMNS) of each row of a CSV file, or (line, BadRow). line: the first line of the row"""
     csv.field_size_limit(LARGEST_CELL)
-    # A byte that is no UTF-8 becomes a lone surrogate, so that it spoils only its own row.
+    # Read a byte that is no UTF-8 as a lone surrogate, so that only its own row becomes bad: recipes.parse refuses it.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text)
     header = next(reader, [])
@@ -140,7 +146,7 @@ FORMATS = {".json": json_values, ".jsonl": json_lines, ".csv": csv_cells}
 
 
 def decode(raw):
-    """The dict that a raw row stands for (bytes of a line, a tuple of cells, or a JSON value); else a BadRow."""
+    """The dict in a raw row (bytes of a line, a tuple of cells, or a JSON value); a BadRow where there is none."""
     if isinstance(raw, BadRow):
         return raw
     try:
@@ -157,9 +163,10 @@ def decode(raw):
 
 
 def decode_cells(cells):
-    """{column: its text or its list} of a CSV's row, where an empty NER is none."""
+    """{column: text or list} of the cells of a CSV row. An empty NER cell is left out."""
     row = {}
-    for column, cell in zip(COLUMNS, cells, strict=False):  # there may be no NER
+    # Not strict, because a file may have no column NER.
+    for column, cell in zip(COLUMNS, cells, strict=False):
         if column == "title":
             row[column] = cell
         elif cell or column != "NER":
@@ -168,10 +175,11 @@ def decode_cells(cells):
 
 
 def decode_json(text, what):
+    """The value in some JSON. what: the line or the cell, for the BadRow where there is none"""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        # ValueError: broken JSON, broken UTF-8, or a number of 5,000 digits.
+        # A ValueError is broken JSON, broken UTF-8, or a number of more digits than Python takes.
         why = "it is empty"
         if text.strip():
             why = getattr(e, "msg", e)
@@ -182,7 +190,7 @@ def decode_json(text, what):
 
 
 def save(rows, path):
-    """Write dicts as JSON Lines that `read` takes, gzipped if the name ends in .gz. All of them or no file."""
+    """Write dicts as JSON Lines, gzipped if the name ends in .gz. After an error there is no file, never a half one."""
     try:
         with tempfile.TemporaryDirectory(".part", dir=path.parent) as folder:
             part = Path(folder, path.name)
@@ -193,6 +201,7 @@ def save(rows, path):
 
 
 def write_lines(rows, path):
+    """Write each dict as one line of JSON."""
     opened = open
     if path.suffix == ".gz":
         opened = gzip.open

@@ -39,8 +39,8 @@ def test_the_made_up_model_loads_and_its_words_are_tokens(root):
     models.load(root / "tiny", "cpu")
     assert (cfg.hidden_size, cfg.num_hidden_layers) == (256, 2)
     assert len(weights.shards(root / "tiny")) == 1
-    heap = bench.make_recipes(root / "r.jsonl", [5, 48, 7], 1024)
-    texts = [json.loads(line)["text"] for line in heap.read_text().splitlines()]
+    file = bench.make_recipes(root / "r.jsonl", [5, 48, 7], 1024)
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     assert [len(text.split()) for text in texts] == [5, 48, 7]
 
 

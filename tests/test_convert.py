@@ -15,7 +15,7 @@ def test_the_program(tmp_path):
         done.stdout == f"{tmp_path / 'hf'}\n" and (tmp_path / "hf" / "model.safetensors").exists()
     )
     for args, says in (
-        ((tmp_path / "m.gguf", tmp_path / "hf"), "must not be there yet"),
+        ((tmp_path / "m.gguf", tmp_path / "hf"), "must not exist yet"),
         ((tmp_path / "no.gguf", tmp_path / "n"), "must be a file"),
         ((tmp_path / "m.gguf",), "required"),
         ((tmp_path / "m.gguf", tmp_path / "n", "--fast"), "--fast"),

@@ -581,7 +581,7 @@ BAD_MODELS = {
     "no embedding": ({"tensors": lambda t: t.pop("token_embd.weight")}, "token_embd.weight"),
     "extra": (
         {"tensors": lambda t: t.update({"blk.0.ffn_gate_inp.weight": t["blk.0.ffn_up.weight"]})},
-        "tensor blk.0.ffn_gate_inp.weight is not one of a Llama",
+        "tensor blk.0.ffn_gate_inp.weight is not part of a Llama",
     ),
     "rope_freqs": (
         {

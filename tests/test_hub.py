@@ -50,7 +50,7 @@ def test_what_stops_a_conversion_leaves_nothing_in_the_cache(tmp_path, monkeypat
         (["config.json", "tokenizer.json"], "no *.safetensors"),
         (["config.json", "model.safetensors"], "no tokenizer.json"),
         (["config.json", "tokenizer.json", "pytorch_model.bin"], "pickle is never read"),
-        (["m.gguf"], "a .gguf file named itself"),
+        (["m.gguf"], "or the .gguf file itself"),
     ],
 )
 def test_a_folder_that_is_no_model(there, says, tmp_path):
@@ -144,7 +144,7 @@ def test_the_hub_does_not_give_it(model, env, tmp_path):
     done = in_hub(tmp_path, model, **env)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
     assert (
-        f"--model {model} is no folder here, and the hub does not give it: " in done.stderr
+        f"--model {model} is no folder here, and the hub does not give this model: " in done.stderr
         and done.stderr.count("\n") < 4
     )
 

@@ -28,14 +28,14 @@ from recipes import (
     Rules,
     clean,
     common,
+    drop_and_count,
     held_out,
     judge,
-    keep,
     key,
     names,
-    read,
     remember,
     repair,
+    run_job,
 )
 from recipes import name as name_of
 
@@ -67,7 +67,7 @@ def cleaned(made, rules=LOOSE, common=None, held=()):
     context = Context(rules, earlier=near.Earlier())
     remember([judge(recipe, "", Context(rules)) for recipe in held], context)
     judged = [judge(recipe, "", alone, whole=True) for recipe in made]
-    return [one.recipe for one in keep(judged, context, account)], account
+    return [one.recipe for one in drop_and_count(judged, context, account)], account
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------
@@ -359,13 +359,15 @@ def test_near_duplicates_of_the_first_recipes_are_still_found():
     rng = np.random.default_rng(4)
     earlier = near.Earlier()
     sets = [np.unique(rng.integers(0, 2**32, 90, dtype=np.uint32)) for _ in range(1020)]
-    assert not any(earlier.find(s.tobytes(), near.bands_of(s), 0.8) for s in sets)
+    assert not any(earlier.find_or_remember(s.tobytes(), near.bands_of(s), 0.8) for s in sets)
     found = 0
     for s in sets[:400]:
         copy = np.concatenate(
             [s[: len(s) - 10], rng.integers(0, 2**32, 10, dtype=np.uint32)]
         )  # 80 of 100: J = 0.8
-        same = earlier.find(np.unique(copy).tobytes(), near.bands_of(np.unique(copy)), 0.75)
+        same = earlier.find_or_remember(
+            np.unique(copy).tobytes(), near.bands_of(np.unique(copy)), 0.75
+        )
         found += same > 0
         assert same == 0 or 0.75 <= same <= 0.82
     assert found >= 0.93 * 400
@@ -391,7 +393,7 @@ def test_the_account_of_a_made_up_recipenlg_is_what_was_planted(tmp_path, rows):
     """The larger one is read by several processes, and its rare ingredients count."""
     path, account, rules = tmp_path / "full_dataset.csv", Account(), Rules(min_share=3e-5)
     planted = recipenlg(path, rows, rows, share=0.025)
-    known = common(read(names, [path], Account(), 0.1), rules)
+    known = common(run_job(names, [path], Account(), 0.1), rules)
     kept = list(clean([path], rules, account, 0.1))
     if rows < 50_000:
         assert known is None
@@ -470,7 +472,7 @@ def test_cleaning_streams():
             recipe = Recipe("T", ["a", "b"], ["c", str(n)])
             yield judge(recipe, "", Context(LOOSE), whole=True)
 
-    rows = keep(endless(), Context(LOOSE, earlier=near.Earlier()), Account())
+    rows = drop_and_count(endless(), Context(LOOSE, earlier=near.Earlier()), Account())
     assert [next(rows).recipe.directions[1] for _ in range(3)] == ["1", "2", "3"]
 
 
@@ -647,7 +649,7 @@ def three_thousand(tmp_path):
 def test_several_processes_give_what_one_gives_in_its_order(three_thousand, monkeypatch):
     monkeypatch.setattr(recipes, "count_processes", lambda: 3)
     got = [made for some in recipes.in_processes(itself, [three_thousand]) for made in some]
-    alone = [made for some in recipes.here(itself, [three_thousand]) for made in some]
+    alone = [made for some in recipes.in_this_process(itself, [three_thousand]) for made in some]
     assert list(map(str, got)) == list(map(str, alone))
     assert str(got[7]).startswith(f"{three_thousand}:8: ") and len(got) == 3457
     assert [r.title for r in got if isinstance(r, Recipe)] == [str(n) for n in range(3456)]
