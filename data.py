@@ -212,8 +212,8 @@ def plan(lengths, cfg, epoch, grad_accum=1):
     losses of the steps look like a saw, because short recipes have another loss than long ones. Each epoch has its
     steps in another random order, because otherwise training would run from long recipes to short ones.
     Measured, 500 steps of about 480 tokens on the default recipes of at most 512 tokens, one seed: held-out loss 1.763
-    with random batches, 1.769 with sorted, 1.785 with packed rows of 512 tokens (before training 2.232). So the cost is
-    small beside what 20 % of padding costs, but it is not nothing.
+    with random batches, 1.769 with sorted, 1.785 with packed rows of 512 tokens (before training 2.232). Sorted batches
+    lose 0.006 a step, and make 1.2 steps while random batches make one.
     Proof, in tests/test_data.py: test_sorting_takes_the_padding_away, test_sorted_batches_come_in_random_order,
     test_every_recipe_is_there_exactly_once_an_epoch.
 

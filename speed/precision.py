@@ -8,9 +8,9 @@ Mixed precision, of a run that trains an adapter:
 
 Why: in 16 bits Llama-3-8B takes 16 GB in place of 32, and an H100's matmuls reach 700 TFLOP/s.
 
-Why A and B are fp32: bf16 has 8 bits of mantissa, so 1 + 1/256 is 1 in bf16. AdamW moves a weight by about the learning
-rate, which falls from 2e-4 to 0. A's weights begin at up to 1/64 on 8B, where neighbours in bf16 are 6e-5 apart. So
-bf16 would round the steps at first and lose the late ones.
+Why A and B are fp32: bf16 stores 7 bits of mantissa, so 1 + 1/256 is 1 in bf16. AdamW moves a weight by about the
+learning rate, which falls from 2e-4 to 0. A's weights begin at up to 1/64 on 8B, where neighbours in bf16 are 6e-5
+apart. So bf16 would round the steps at first and lose the late ones.
 
 Cost: fp32 A and B at r = 16 take 168 MB, in bf16 they would take 84 MB. Held-out loss of the default model after 200
 steps: bf16 1.7127, fp16 1.7094.
