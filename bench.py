@@ -115,11 +115,11 @@ class Config:
     # fmt: off
     shape: str = "8b"                  # size of the random model: 8b (Llama-3-8B), 1b or tiny
     rows: list[str] = field(default_factory=lambda: list(ROWS))  # numbers of the rows (sets of train.py flags)
-    steps: int = 14                    # optimiser steps per row, the first three untimed; sorted rows make 60
+    steps: int = 14                    # optimiser steps per row, 3 of them untimed; sorted recipes always make 60
     peers: list[str] = field(default_factory=list)  # other trainers to measure, too: unsloth, liger, hf
     peer: str = ""                     # internal: bench.py sets this flag to measure one other trainer in this process
     cache: str = ".cache"              # folder for the made-up model and recipes; if relative, in the code's folder
-    device: str = "auto"               # device that train.py runs on: cuda, mps or cpu
+    device: str = "auto"               # device that train.py runs on: auto, cuda, mps or cpu
     # fmt: on
 
 

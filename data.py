@@ -53,15 +53,15 @@ class Data:
     # fmt: off
     model: str = ""                    # base model: folder, .gguf file or org/name on Hugging Face; none: SmolLM2-135M
     data: list[str] = field(default_factory=list)      # recipe files (.json .jsonl .csv, also .gz); none: Wikibooks
-    val_data: list[str] = field(default_factory=list)  # files of held-out recipes; none: --val_recipes of --data
+    val_data: list[str] = field(default_factory=list)  # held-out recipe files; none: hold out some of --data
     val_recipes: int = 32              # how many recipes are held out of training, to measure val_loss
     max_len: int = 1024                # drop recipes longer than this many tokens; none is cut short
     mask_prompt: bool = False          # compute the loss only on the completion: in a recipe, on all after the title
-    batching: Literal["random", "sorted", "packed"] = "sorted"  # recipes at random, by length, or packed end to end
+    batching: Literal["random", "sorted", "packed"] = "sorted"  # put recipes together at random, by length, or packed
     batch_size: int = 2                # recipes per micro-batch; unused with --batch_tokens or --batching packed
-    batch_tokens: int = 0              # tokens per micro-batch or packed row; 0: --batch_size, or packed rows of 4096
-    allow_bad: float = 0.01            # stop if more than this share of the rows in the data files is broken
-    clean: bool = True                 # drop recipes by the rules of recipes.py; --no-clean: keep every recipe
+    batch_tokens: int = 0              # tokens per micro-batch or packed row; 0: by --batch_size (packed: 4096)
+    allow_bad: float = 0.01            # stop if more than this share of the rows cannot be read as recipes
+    clean: bool = True                 # drop recipes that are too short, long, similar or odd; --no-clean: keep them
     seed: int = 1                      # random seed: held-out recipes, batches, the adapter's initial weights, dropout
     cache: str = ".cache"              # folder for downloads, models and tokens; if relative, in the code's folder
     # fmt: on

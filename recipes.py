@@ -280,7 +280,7 @@ class Rules:
     max_ingredients: int = 25  # drop recipes with more ingredients than this
     min_steps: int = 2         # drop recipes with fewer steps of directions than this
     max_similar: float = 0.8   # drop recipes that share this much of their 3-word runs with an earlier one; 2: off
-    min_share: float = 1e-5    # drop recipes with an ingredient rarer than this share; off below 50,000 recipes
+    min_share: float = 1e-5    # drop recipes with an ingredient in less than this share of all (50,000+ recipes)
     min_mentioned: float = 0.2  # drop recipes (4+ ingredients) whose directions name less than this share of them
     # fmt: on
 

@@ -41,8 +41,8 @@ from text import IDS, Text
 @dataclass
 class Config:
     # fmt: off
-    run: str = ""                      # folder of a train.py run, or its best/; none: out, or no run with --model
-    model: str = ""                    # base model (folder, .gguf, org/name) to sample; with --run: the adapter's base
+    run: str = ""                      # folder of a train.py run, or its best/; default: out, but none with --model
+    model: str = ""                    # base model (folder, .gguf, org/name) to sample; with --run: its adapter's base
     title: str = ""                    # title of the recipe to write; none: a title from the run's held-out recipes
     ingredients: str = ""              # ingredients of the recipe to write, separated by commas; needs --title
     prompt: str = ""                   # free text for the model to continue, instead of a recipe title
@@ -59,10 +59,10 @@ class Config:
     max_new_tokens: int = 400          # most tokens of a text, if the model does not end the text earlier
     seed: int = 1                      # random seed: same prompt and seed give the same text, in any batch
     batch_size: int = 16               # texts that are written at the same time
-    quant: Literal["none", "nf4", "fp8"] = "none"  # storage of the base's weights: as --dtype, in 4 or in 8 bits
+    quant: Literal["none", "nf4", "fp8"] = "none"  # the base's weights in memory: none: as --dtype, 4 or 8 bits
     merge: bool = False                # add the LoRA adapter into the base weights first: fewer products for each token
     compile: bool = False              # use torch.compile: starts later, writes faster
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: by device
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: the device's best
     device: str = "auto"               # device to run the model on: auto, cuda, mps or cpu
     cache: str = ".cache"              # folder for downloads and converted models; if relative, in the code's folder
     # fmt: on

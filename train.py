@@ -51,13 +51,13 @@ class Config:
     lora_targets: str = "all"          # layers that get a LoRA adapter: all, or names such as q_proj,v_proj
     rslora: bool = False               # multiply the LoRA output by lora_alpha / sqrt(lora_r), not lora_alpha / lora_r
     # --- speed and memory: each can be switched off; the tables in README.md have what each buys ---
-    quant: Literal["none", "nf4", "fp8"] = "none"  # storage of the frozen weights: as --dtype, in 4 or in 8 bits
-    fp8: bool = False                  # multiply by the frozen weights in 8-bit floats (e4m3) -> speed/fp8.py
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: by device
-    attn: Literal["naive", "flash", "cudnn"] = "flash"  # attention kernel; naive holds all scores, the others none
+    quant: Literal["none", "nf4", "fp8"] = "none"  # frozen weights in memory: none: as --dtype, 4 or 8 bits
+    fp8: bool = False                  # do products with frozen weights in 8-bit floats (see speed/fp8.py)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: the device's best
+    attn: Literal["naive", "flash", "cudnn"] = "flash"  # attention kernel; only naive holds the score matrix
     fused_loss: bool = True            # compute the loss in chunks, so that all logits are never in memory at once
     grad_ckpt: bool = False            # keep only the input of each transformer block; recompute the rest in backward
-    offload_ckpt: bool = False         # with --grad_ckpt: keep the inputs of attention and MLP in pinned host memory
+    offload_ckpt: bool = False         # with --grad_ckpt: hold what it keeps for backward in pinned host memory
     offload_embed: bool = False        # keep the input embedding in host memory, to save GPU memory
     compile: bool = False              # compile the model with torch.compile: one graph for all blocks and lengths
     cuda_graph: bool = False           # launch each micro-batch as one CUDA graph: for small batches and slow CPUs
