@@ -455,8 +455,7 @@ def before_training(job):
     write_recipe(job)
     val = evaluate(job)
     job.facts.val_before = val
-    peak = round(memory.peak_memory(job.device), 3)
-    job.run.log({"step": 0, "target_tokens": 0, "peak_mem_gb": peak, "val_loss": val})
+    job.run.log_start(val, round(memory.peak_memory(job.device), 3))
     say("val_loss", f"{val:.4f} before training")
 
 

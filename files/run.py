@@ -46,8 +46,8 @@ FREE = {
     *("max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"),
 }
 
-# What each line of metrics.jsonl has, if only None.
-OF_A_STEP = ["step", "loss", "lr", "grad_norm", "target_tokens", "tokens_per_s", "padding"]
+# What only the line of a training step can have in metrics.jsonl.
+OF_A_STEP = ["loss", "lr", "grad_norm", "tokens_per_s", "padding"]
 
 # The keys of run.json that a resume must find unchanged: {key: its name in an error}.
 IDENTITY = {
@@ -222,13 +222,17 @@ class Run:
     # --- metrics.jsonl ---
 
     def log(self, line):
-        """Append a line to metrics.jsonl. Step 0, an evaluation before training, has None for what it cannot have."""
+        """Append a line to metrics.jsonl."""
         if self.metrics is None:
             self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        line = {**dict.fromkeys(OF_A_STEP), **line}
         self.metrics.write(json.dumps(line) + "\n")
         # Flush, so that a person who watches the file sees the step at once.
         self.metrics.flush()
+
+    def log_start(self, val_loss, peak_mem_gb):
+        """Append the line of step 0, an evaluation before training. What only a step has is None."""
+        line = {"step": 0, "target_tokens": 0, "peak_mem_gb": peak_mem_gb, "val_loss": val_loss}
+        self.log({**line, **dict.fromkeys(OF_A_STEP)})
 
     def history(self):
         """The lines of metrics.jsonl as dicts, without a last line that a kill cut off."""
@@ -256,7 +260,7 @@ class Run:
 
     def save_state(self, optimizer, params, facts):
         """Save all that a resume needs. params: {name: parameter}; facts: a dict of JSON values (step, best loss, …)"""
-        self.saved_at = facts["step"]
+        self.saved_at = facts.get("step")
         tensors = {f"param.{name}": p for name, p in params.items()}
         tensors |= optimizer_tensors(optimizer)
         tensors |= random_states()

@@ -218,9 +218,13 @@ def test_a_character_of_many_bytes_is_streamed_whole(trained, run, monkeypatch):
         yield 0, ids, True
 
     monkeypatch.setattr(sample, "Scheduler", written)
-    monkeypatch.setattr(
-        sample, "print", lambda *a, end="\n", **_: pieces.append("".join(a) + end), raising=False
-    )
+    for module in (sample, generate):
+        monkeypatch.setattr(
+            module,
+            "print",
+            lambda *a, end="\n", **_: pieces.append("".join(a) + end),
+            raising=False,
+        )
     assert run("--run", out, "--cache", cache, "--title", "Pie")[0] == 0
     assert "".join(pieces) == f"Pie{said}\n" and not any("\ufffd" in piece for piece in pieces)
     assert len(pieces) > 10  # as it comes, not in one
