@@ -319,11 +319,16 @@ def chat_model(folder, template, **more):
     return model
 
 
-@pytest.fixture(autouse=True)
-def the_process_goes_on(monkeypatch):
-    """A program that is run in this process ends with SystemExit, and leaves no thread behind."""
-    monkeypatch.setattr(cli, "leave", sys.exit)
-    monkeypatch.setattr(cli.PULSE, "start", lambda: None)
+@pytest.fixture(autouse=True, scope="session")
+def the_process_goes_on():
+    """A program that is run in this process ends with SystemExit, and leaves no thread behind.
+
+    Of the session, because fixtures of the session call programs, too: with cli.leave as it is the first of them would
+    end pytest, with exit code 0 and without a word."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "leave", sys.exit)
+        patch.setattr(cli.PULSE, "start", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
