@@ -242,18 +242,21 @@ def outcome(main):
         return 2, f"error: {e}"
     except KeyboardInterrupt:
         return 130, "stopped."
-    except MemoryError:
-        return (
-            1,
-            "error: the host's memory ran out. Nothing is half-written; free memory, or bring less data.",
-        )
     except BrokenPipeError:  # `python data.py --json | head`
         return 0, ""
-    except OSError as e:
-        if e.errno not in CANNOT_WRITE:
-            raise
-        return 1, cannot_write(e)
+    except (MemoryError, OSError) as e:
+        return 1, of_the_host(e)
     return code, ""
+
+
+def of_the_host(error):
+    """What to tell the user when the host's memory or disk is full. Any other error is raised again."""
+    # A file that cannot be mapped and a process that cannot be forked are an OSError.
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return "error: the host's memory ran out. Nothing is half-written; free memory, or bring less data."
+    if error.errno not in CANNOT_WRITE:
+        raise error
+    return cannot_write(error)
 
 
 def cannot_write(error):

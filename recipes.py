@@ -647,7 +647,7 @@ def in_processes(job, files):
                 raise made
             yield made
     except (EOFError, OSError):
-        message = "a process that reads recipes was killed; mostly, memory ran out."
+        message = "a process that reads recipes was killed or ran out of memory: free memory, or bring less data."
         raise UserError(message) from None
     finally:
         gc.set_threshold(*before)
@@ -675,6 +675,9 @@ def work(pipe, end, job, files, rank, n):
         end.send(None)
     except UserError as e:
         end.send(e)
+    except MemoryError:
+        # The main process finds the pipe closed, and says so.
+        return
 
 
 def run_job(job, files, account, allow_bad):

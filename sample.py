@@ -19,7 +19,7 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -258,19 +258,20 @@ def load(cfg):
         compiled.start_compiler()
         compiled.wait_for_compiler()
 
-    model = lora.load_model(
-        source.base,
-        device,
-        kept,
-        quant.make_linear(cfg.quant),
-        adapter=source.adapter,
-        merge=cfg.merge,
-        # Keep the residual stream in fp32, because that rounds less, and costs nothing with few rows.
-        stream_dtype=torch.float32,
-        product_dtype=compute,
-    )
-    quant.for_few_rows(model)
-    lora.cast_once(model)
+    with memory.out_of_memory(device, asdict(cfg)):
+        model = lora.load_model(
+            source.base,
+            device,
+            kept,
+            quant.make_linear(cfg.quant),
+            adapter=source.adapter,
+            merge=cfg.merge,
+            # Keep the residual stream in fp32, because that rounds less, and costs nothing with few rows.
+            stream_dtype=torch.float32,
+            product_dtype=compute,
+        )
+        quant.for_few_rows(model)
+        lora.cast_once(model)
     model.requires_grad_(requires_grad=False).eval()
 
     taken = time.time() - began

@@ -333,7 +333,7 @@ def write_recipe(job):
     model = job.built.model
     # Do not use compiled blocks, because each new length would compile a graph. Where memory runs out, go on without a
     # recipe, because training does not need it.
-    with memory.go_on_without("recipe"), compiled.not_compiled(job.built.is_compiled):
+    with memory.go_on_without("recipe", job.cfg.out), compiled.not_compiled(job.built.is_compiled):
         with lora.standing_still(model):
             quality.show_recipe(model, job.text, job.title, job.data_cfg.seed)
 
@@ -420,32 +420,32 @@ def set_up():
     meter = memory.Meter(device, compiled.graphs_so_far)
     with memory.out_of_memory(device, flags_of(cfg, data_cfg)):
         built = build(cfg, data_cfg, base, device, meter, max(dataset.longest, held.longest))
-    if cfg.optim != "adamw":
-        # Load bitsandbytes here, so that a missing one is a sentence and no traceback.
-        quant.bitsandbytes(device)
-    optimizer = optim.make_optimizer(cfg.optim, built.trained, device, cfg.lr, cfg.weight_decay)
-    scale = precision.LossScale(built.compute)
-    job = Job(
-        cfg=cfg,
-        data_cfg=data_cfg,
-        device=device,
-        base=base,
-        dataset=dataset,
-        held=held,
-        text=text,
-        built=built,
-        optimizer=optimizer,
-        scale=scale,
-        watch=optim.GradientWatch(built.params),
-        facts=Facts(total=total, loss_scale=scale.value),
-    )
-    info = about(job, rules)
-    job.title = info["titles"][data_cfg.seed % len(info["titles"])]
-    job.run = Run(cfg.out, cfg.resume)
-    if cfg.resume:
-        job.facts = job.run.go_on(info, optimizer, built.params, total)
-        job.scale = precision.LossScale(built.compute, job.facts.loss_scale)
-    job.run.write_about(info)
+        if cfg.optim != "adamw":
+            # Load bitsandbytes here, so that a missing one is a sentence and no traceback.
+            quant.bitsandbytes(device)
+        optimizer = optim.make_optimizer(cfg.optim, built.trained, device, cfg.lr, cfg.weight_decay)
+        scale = precision.LossScale(built.compute)
+        job = Job(
+            cfg=cfg,
+            data_cfg=data_cfg,
+            device=device,
+            base=base,
+            dataset=dataset,
+            held=held,
+            text=text,
+            built=built,
+            optimizer=optimizer,
+            scale=scale,
+            watch=optim.GradientWatch(built.params),
+            facts=Facts(total=total, loss_scale=scale.value),
+        )
+        info = about(job, rules)
+        job.title = info["titles"][data_cfg.seed % len(info["titles"])]
+        job.run = Run(cfg.out, cfg.resume)
+        if cfg.resume:
+            job.facts = job.run.go_on(info, optimizer, built.params, total)
+            job.scale = precision.LossScale(built.compute, job.facts.loss_scale)
+        job.run.write_about(info)
     return job
 
 

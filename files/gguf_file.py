@@ -100,8 +100,13 @@ def convert(src, dst):
         # Another process may have made the same folder meanwhile: keep that one.
         if not (dst / "config.json").exists():
             os.replace(part, dst)
-    except (UserError, OSError, MemoryError):
+    except (UserError, OSError):
         raise
+    except MemoryError:
+        raise UserError(
+            f"out of memory while {src} was converted, which takes a few GB for the weights of a shard in fp32: free "
+            "memory, or name a smaller model."
+        ) from None
     except Exception as e:  # gguf, numpy and tokenizers raise many kinds over a damaged file
         number = disk.error_number(e)
         if number:

@@ -10,6 +10,7 @@ Proof: tests/test_weights.py: test_a_tensor_is_freed_as_soon_as_the_caller_forge
 
 from cli import UserError
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -109,15 +110,20 @@ def refuse_another_head(folder, files):
     """Raise UserError if config.json ties head and embedding, but the files store two that differ.
 
     A tied model has one tensor for both, so `read` passes over a stored head. A copy of the embedding loses nothing so.
-    A head that was trained on its own would be dropped, and the model would write other texts without an error.
+    A head that was trained on its own would be dropped, and the model would write other texts without an error. Compare
+    both as they are stored, because two that differ in fp32 may be equal in bf16.
     Proof: tests/test_weights.py: test_a_tied_head_that_is_stored_and_another_is_refused."""
     try:
-        stored = {hf: file for file in files for hf in keys_of(file) if hf in (HEAD, EMBEDDING)}
-        if len(stored) == 2 and not are_equal(stored[HEAD], stored[EMBEDDING]):
-            raise UserError(
-                f"{stored[HEAD]}: {HEAD} differs from {EMBEDDING}, and config.json says that they are tied: "
-                f'write "tie_word_embeddings": false into {Path(folder) / "config.json"} to use this head.'
-            )
+        heads = [file for file in files if HEAD in keys_of(file)]
+        embeddings = [file for file in files if EMBEDDING in keys_of(file)]
+        # Without an embedding there is nothing to compare: `read` says that it is missing.
+        for head, embedding in itertools.product(heads, embeddings):
+            if not are_equal(head, embedding):
+                raise UserError(
+                    f"{head}: {HEAD} differs from {EMBEDDING}, but config.json says that they are tied. To use this "
+                    f'head, write "tie_word_embeddings": false into {Path(folder) / "config.json"}; to use the '
+                    f"embedding in its place, remove {HEAD} from the file."
+                )
     except (SafetensorError, OSError):
         # Leave a damaged file to `read`, whose error names the file.
         return

@@ -97,25 +97,37 @@ def advice(flags):
 
 
 def advice_while_loading(flags):
-    """The flags that make a model smaller while it is loaded, in order of gain."""
+    """The flags that make a model smaller while it is loaded, in order of gain. flags: of train.py or of sample.py"""
+    # With --lora_r 0 all weights are fp32, whatever --dtype says. sample.py has no --lora_r.
+    trains_all = flags.get("lora_r") == 0
     helps = {
-        "--quant nf4": flags["lora_r"] > 0 and flags["quant"] != "nf4",
-        "--dtype bf16": flags["dtype"] == "fp32",
+        "an adapter (--lora_r 16)": trains_all,
+        "--quant nf4": not trains_all and flags["quant"] != "nf4",
+        "--dtype bf16": not trains_all and flags["dtype"] == "fp32",
         "a smaller --model": True,
     }
     return [flag for flag, does in helps.items() if does]
 
 
+# What a failed allocation is called in a plain RuntimeError: by CUDA, by torch on a CPU, by the system where a file is
+# mapped, by cuBLAS, by C++.
+NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED|bad_alloc"
+)
+
+
 def is_out_of_memory(error):
-    """Whether an allocation failed. On a CPU torch raises a plain RuntimeError, so only its message tells."""
+    """Whether an allocation failed. Of a plain RuntimeError only the message tells.
+
+    Proof: tests/test_memory.py: test_an_allocation_that_really_fails_is_a_sentence."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return re.search("out of memory|can't allocate memory", str(error)) is not None
+    return NO_MEMORY.search(str(error)) is not None
 
 
 @contextlib.contextmanager
 def out_of_memory(device, flags, model=None):
-    """A `with` block. Where memory runs out in it, a UserError says how much is held by what, and which flags help.
+    """A `with` block. Where memory runs out in it, a UserError says what was done, what is held, and which flags help.
 
     model: the model that is trained; None for a block that loads it"""
     try:
@@ -125,16 +137,23 @@ def out_of_memory(device, flags, model=None):
             raise
         held = peak_memory(device)
         if model is None:
-            where = f"while the model was loaded, with {held:.1f} GB in use. "
-            flags_that_help = advice_while_loading(flags)
+            doing = f"while the model was loaded and made ready, with {held:.1f} GB in use"
+            helps = advice_while_loading(flags)
         else:
-            weights = sum(p.nbytes for p in model.parameters()) / 1e9
-            rest = max(0.0, held - weights)
-            where = f"weights hold {weights:.1f} GB, what training keeps beside them {rest:.1f} GB or more. "
-            flags_that_help = advice(flags)
+            doing = what_was_done(model, held)
+            helps = advice(flags)
         raise UserError(
-            f"out of memory: {where}Add {', then '.join(flags_that_help)}. ({reason(e)})"
+            f"out of memory {doing}. In order of gain, these take less: {', '.join(helps)}. ({reason(e)})"
         ) from None
+
+
+def what_was_done(model, held):
+    """Training or evaluation, and what the memory was used for. held: GB in use"""
+    # quality.held_out_loss puts the model into evaluation mode.
+    doing = "while training" if model.training else "while the held-out loss was measured"
+    weights = sum(p.nbytes for p in model.parameters()) / 1e9
+    rest = max(0.0, held - weights)
+    return f"{doing}: weights hold {weights:.1f} GB, all else {rest:.1f} GB or more"
 
 
 def reason(error):
@@ -143,17 +162,19 @@ def reason(error):
 
 
 @contextlib.contextmanager
-def go_on_without(what):
+def go_on_without(what, out):
     """A `with` block that is given up where memory runs out in it, because nothing depends on its result.
 
-    train.py writes its recipes so: a run of hours must not end because a recipe found no memory.
+    train.py writes its recipes so: a run of hours must not end because a recipe found no memory. sample.py can write
+    one later, from the run's folder `out`.
     Proof: tests/test_train.py: test_out_of_memory_in_a_recipe_costs_the_recipe_only."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        say(what, f"left out, because memory ran out ({reason(e)})")
+        later = f"the run goes on, and `python sample.py --run {out}` writes one later"
+        say(what, f"left out, because memory ran out: {later}. ({reason(e)})")
 
 
 FIGURES = [

@@ -415,9 +415,8 @@ cli.run(main)
     assert ran.stderr.count("since the last line") >= 2
 
 
-def test_the_hosts_memory_running_out_is_a_sentence(capsys):
-    def main():
-        raise MemoryError
-
-    code, _, err = ended(capsys, main)
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_the_hosts_memory_running_out_is_a_sentence(capsys, error):
+    """An array in a file that cannot be mapped, and a process that cannot be forked, are an OSError."""
+    code, _, err = ended(capsys, raising(error))
     assert code == 1 and "memory ran out" in err and "Traceback" not in err

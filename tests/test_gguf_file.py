@@ -642,6 +642,20 @@ def test_what_stops_a_conversion_leaves_nothing_half(tmp_path, monkeypatch):
     assert not any((tmp_path / "made").iterdir())
 
 
+def test_a_conversion_without_enough_memory_is_a_sentence_and_leaves_nothing_half(
+    tmp_path, monkeypatch
+):
+    make_gguf(tmp_path / "m.gguf")
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(UserError, match=r"out of memory while .*m\.gguf was converted"):
+        gguf_file.convert(tmp_path / "m.gguf", tmp_path / "made" / "hf")
+    assert not any((tmp_path / "made").iterdir())
+
+
 def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path):
     make_gguf(tmp_path / "m.gguf")
     (tmp_path / "hf").mkdir()

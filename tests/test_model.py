@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.utils import logging
 
 import model as models
+import quant
 from speed import checkpoint, loss
 
 logging.disable_progress_bar()
@@ -545,6 +546,22 @@ def test_tied_head_stored_twice_is_accepted_and_stays_one_tensor(tmp_path):
         torch.testing.assert_close(
             models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "fp8"])
+@pytest.mark.parametrize("other", [0, 1e-6])
+def test_a_tied_head_is_compared_as_it_is_stored(tmp_path, dtype, kind, other):
+    """Cast to bf16 the two heads would be the same."""
+    reference(tie_word_embeddings=True).save_pretrained(tmp_path)
+    edit_tensors(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + other})
+    )
+    if not other:
+        assert models.load(tmp_path, "cpu", dtype, quant.make_linear(kind)).lm_head is not None
+        return
+    with pytest.raises(UserError, match=r"lm_head.weight differs .*tie_word_embeddings"):
+        models.load(tmp_path, "cpu", dtype, quant.make_linear(kind))
 
 
 def refused(folder, *words):

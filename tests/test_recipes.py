@@ -681,9 +681,17 @@ def test_bad_rows_leave_no_cycle_that_holds_their_list():
     assert [type(one) for one in made] == [sources.BadRow] * 4
 
 
-def test_a_process_that_is_killed_is_a_sentence(three_thousand):
-    with pytest.raises(UserError, match="was killed"):
-        list(recipes.in_processes(stop_at_ten, [three_thousand]))
+def no_memory_at_ten(recipe, where):
+    if recipe.title == "10":
+        raise MemoryError
+    return recipe
+
+
+@pytest.mark.parametrize("job", [stop_at_ten, no_memory_at_ten])
+def test_a_process_that_is_killed_is_a_sentence(three_thousand, job, capfd):
+    with pytest.raises(UserError, match="was killed or ran out of memory"):
+        list(recipes.in_processes(job, [three_thousand]))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_file_that_is_cut_off_is_the_same_sentence_from_several_processes(

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import make_model, program
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import data
@@ -19,6 +20,7 @@ import model as models
 import quant
 import recipes
 import sample
+from files import weights
 from speed import precision
 from text import Text
 
@@ -417,6 +419,46 @@ def test_eval_is_not_silent(trained, run, monkeypatch):
         counts = [int(words[2]) for words in said if words[0] == who and "tokens" in words]
         assert len(counts) > 10 and counts == sorted(counts)
     assert sum(words[0] == "perplexity" for words in said) >= 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 270 GiB"),
+        RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_out_of_memory_while_loading_names_what_makes_a_model_smaller(
+    trained, run, monkeypatch, error, merge
+):
+    out, cache = trained
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(weights, "read", full)
+    flags = ["--run", out, "--cache", cache, "--title", "Pie", "--dtype", "fp32"]
+    code, said, err = run(*flags, "--merge" if merge else "--no-merge")
+    assert code == 2 and said == "" and "Traceback" not in err
+    assert "while the model was loaded" in err and " GB in use" in err
+    assert "these take less: --quant nf4, --dtype bf16, a smaller --model." in err
+
+
+def test_a_tied_head_that_is_stored_and_another_is_refused(run, tmp_path):
+    model = make_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--model", model, "--cache", tmp_path, "--prompt", "A pie", "--max_new_tokens", 2]
+    code, said, err = run(*flags)
+    assert code == 2 and said == "" and "Traceback" not in err
+    assert "lm_head.weight differs from model.embed_tokens.weight" in err
+    # What the sentence advises works.
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert run(*flags)[0] == 0
 
 
 def test_eval_measures_base_and_run_on_held_out_titles(trained, run, tiny_model):

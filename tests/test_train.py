@@ -3,6 +3,7 @@
 import cli
 
 import functools
+import gc
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -767,6 +769,7 @@ def test_out_of_memory_says_which_flags_help(base, run, tmp_path, monkeypatch):
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("unable to mmap 9 bytes from file <a>: Cannot allocate memory (12)"),
     MemoryError(),
 ]
 
@@ -779,7 +782,65 @@ def test_out_of_memory_while_loading_is_a_sentence(base, run, tmp_path, monkeypa
     monkeypatch.setattr(weights, "read", full)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "while the model was loaded" in err and "--quant nf4" in err
+    assert " GB in use" in err and "Traceback" not in err
+
+
+def test_out_of_memory_while_a_state_is_loaded_is_a_sentence(base, run, tmp_path, monkeypatch):
+    """Of --lora_r 0 the state is three times the weights: these and both of Adam's moments."""
+    ok(run(*base, "--out", tmp_path / "out", "--max_steps", 1, "--lora_r", 0))
+
+    def full(*_, **__):
+        raise OUT_OF_MEMORY[1]
+
+    monkeypatch.setattr(train.Run, "load_state", full)
+    code, _, err = run("--resume", "--out", tmp_path / "out")
+    assert code == 2 and "loaded and made ready" in err and "--lora_r 16" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+@pytest.mark.parametrize("when", [1, 2])
+def test_out_of_memory_in_an_evaluation_is_a_sentence(
+    base, run, tmp_path, monkeypatch, error, when
+):
+    """In the one before training, and in the first one of the loop."""
+    calls = []
+    held_out_batches = quality.held_out_batches
+
+    def full_later(*args):
+        calls.append(args)
+        yield next(held_out_batches(*args))
+        if len(calls) == when:
+            raise error
+
+    monkeypatch.setattr(quality, "held_out_batches", full_later)
+    code, _, err = run(*base, "--out", tmp_path / "out")
+    assert code == 2 and "out of memory while the held-out loss was measured" in err
+    assert "weights hold" in err and "Traceback" not in err and len(calls) == when
+
+
+def test_a_tied_head_that_is_stored_and_another_is_refused(base, run, tmp_path):
+    model = make_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    safetensors.torch.save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for rank in (16, 0):
+        code, _, err = run(*base, "--model", model, "--out", tmp_path / "out", "--lora_r", rank)
+        assert code == 2 and "lm_head.weight differs" in err and "Traceback" not in err
+
+
+def test_all_weights_with_a_tied_head_that_is_stored_too_are_saved_with_one(base, run, tmp_path):
+    """config.json, copied from the base, ties it, so no second head may stand in the run's folder."""
+    model = make_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    ok(run(*base, "--model", model, "--out", tmp_path / "out", "--lora_r", 0))
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == tensors.keys() - {"lm_head.weight"}
+    assert torch.equal(
+        models.load(tmp_path / "out").lm_head.weight, saved["model.embed_tokens.weight"]
+    )
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
@@ -794,9 +855,36 @@ def test_out_of_memory_in_a_recipe_costs_the_recipe_only(base, run, tmp_path, mo
     monkeypatch.setattr(quality, "generate", full)
     code, said, err = run(*flags, "--out", tmp_path / "out", recipes=True)
     assert code == 0 and err.count("left out, because memory ran out") == 2
+    assert err.count(f"`python sample.py --run {tmp_path / 'out'}` writes one later") == 2
     assert "Traceback" not in err
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     assert json.loads(said.splitlines()[-1])["steps"] == len(losses(tmp_path / "whole"))
+
+
+def test_nothing_of_a_recipe_that_failed_stays_in_memory(base, run, tmp_path, monkeypatch):
+    """The KV cache is free before the evaluation, without a search for cycles."""
+    caches = []
+    alive = []
+
+    def full(self):
+        caches.extend(weakref.ref(cache.k) for cache in self.caches)
+        # One of the list above would keep its traceback, and with it the cache.
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    evaluate = train.evaluate
+
+    def watched(job):
+        alive.append(sum(ref() is not None for ref in caches))
+        return evaluate(job)
+
+    monkeypatch.setattr(generate.Engine, "step", full)
+    monkeypatch.setattr(train, "evaluate", watched)
+    gc.disable()
+    try:
+        ok(run(*base, "--out", tmp_path / "out", "--max_steps", 1, recipes=True))
+    finally:
+        gc.enable()
+    assert caches and alive[0] == 0
 
 
 def test_an_error_that_is_not_about_memory_is_not_called_that(base, run, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from files import weights
 from files.weights import hf_name, read, shards
 
 TENSORS = {
@@ -128,7 +129,36 @@ def test_a_tied_head_that_is_stored_and_another_is_refused(tmp_path, where):
     if where == "shape":
         head = head[:-1].contiguous()
     save_file(TENSORS | {HEAD: head}, tmp_path / "model.safetensors")
-    refused(tmp_path, SHAPES, HEAD, EMBED, "tie_word_embeddings", "config.json")
+    said = refused(tmp_path, SHAPES, HEAD, EMBED, "tie_word_embeddings", "config.json")
+    assert str(tmp_path / "model.safetensors") in said and f"remove {HEAD}" in said
+
+
+@pytest.mark.parametrize("other", ["a.safetensors", "b.safetensors"])
+def test_of_a_tied_head_in_two_shards_each_is_compared(tmp_path, other):
+    files = {"a.safetensors": dict(TENSORS), "b.safetensors": {}}
+    # Each shard needs a tensor of its own, or the index does not name it.
+    files["b.safetensors"][NORM] = files["a.safetensors"].pop(NORM)
+    for name, tensors in files.items():
+        tensors[HEAD] = TENSORS[EMBED] + (1 if name == other else 0)
+    save_shards(tmp_path, files)
+    assert str(tmp_path / other) in refused(tmp_path, SHAPES, HEAD, EMBED)
+
+
+def test_head_and_embedding_are_compared_without_a_copy_of_either(tmp_path, monkeypatch):
+    """A part at a time, the last one included."""
+    sizes = []
+    equal = torch.equal
+
+    def watched(some, others):
+        sizes.append((some.shape[0], others.shape[0]))
+        return equal(some, others)
+
+    monkeypatch.setattr(torch, "equal", watched)
+    monkeypatch.setattr(weights, "ROWS_COMPARED", 4)
+    head = TENSORS[EMBED].clone()
+    save_file(TENSORS | {HEAD: head}, tmp_path / "model.safetensors")
+    list(read(tmp_path, SHAPES, "cpu"))
+    assert sizes == [(4, 4), (2, 2)]
 
 
 def test_an_untied_head_is_read_like_any_other(tmp_path):
