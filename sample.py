@@ -59,7 +59,7 @@ class Config:
     max_new_tokens: int = 400          # most tokens of a text, if the model does not end the text earlier
     seed: int = 1                      # random seed: same prompt and seed give the same text, in any batch
     batch_size: int = 16               # texts that are written at the same time
-    quant: Literal["none", "nf4", "fp8"] = "none"  # the base's weights in memory: none: as --dtype, 4 or 8 bits
+    quant: Literal["none", "nf4", "fp8"] = "none"  # how the base's weights are held: as --dtype says, in 4 or in 8 bits
     merge: bool = False                # add the LoRA adapter into the base weights first: fewer products for each token
     compile: bool = False              # use torch.compile: starts later, writes faster
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: the device's best

@@ -51,7 +51,7 @@ class Config:
     lora_targets: str = "all"          # layers that get a LoRA adapter: all, or names such as q_proj,v_proj
     rslora: bool = False               # multiply the LoRA output by lora_alpha / sqrt(lora_r), not lora_alpha / lora_r
     # --- speed and memory: each can be switched off; the tables in README.md have what each buys ---
-    quant: Literal["none", "nf4", "fp8"] = "none"  # frozen weights in memory: none: as --dtype, 4 or 8 bits
+    quant: Literal["none", "nf4", "fp8"] = "none"  # how the frozen weights are held: as --dtype says, in 4 or in 8 bits
     fp8: bool = False                  # do products with frozen weights in 8-bit floats (see speed/fp8.py)
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # number format of arithmetic; auto: the device's best
     attn: Literal["naive", "flash", "cudnn"] = "flash"  # attention kernel; only naive holds the score matrix
