@@ -336,8 +336,9 @@ class Engine:
         what = "cuda_graph"
         if self.sampling.compile:
             what = "compile"
+            # Two cores of a Xeon, SmolLM2, tokens/s: one row 14.2 without and 14.1 with, 16 rows 117 and 167.
             if self.device.type == "cpu":
-                say(what, "on a CPU this takes a minute or two, and pays for long batches only")
+                say(what, "on a CPU half a minute or more; pays for many rows, not for one")
             for block in self.model.layers:
                 block.compile(dynamic=False)
             self.write_token = torch.compile(write_token, dynamic=False)
