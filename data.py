@@ -184,9 +184,13 @@ def load_dataset(names, flag, cfg, rules, text, held=()):
 
 
 def fingerprint(dataset, held):
-    """A hash of all rows of the dataset and the held-out rows. --resume refuses to go on where the hash differs."""
-    rows = dataset.rows.tobytes() + held.rows[held.indices].tobytes()
-    return hashlib.sha256(rows).hexdigest()[:16]
+    """A hash of all tokens, of the dataset's rows and of the held-out rows.
+
+    --resume refuses to go on where the hash differs: other data, another tokenizer, another chat template."""
+    sha = hashlib.sha256(dataset.rows.tobytes() + held.rows[held.indices].tobytes())
+    for one in (dataset, held):
+        sha.update(one.account["tokens_sha256"].encode())
+    return sha.hexdigest()[:16]
 
 
 # --- which recipe is in which batch ---
@@ -489,7 +493,7 @@ def say_small(dataset, cfg, grad_accum):
 @dataclass
 class Show:
     # fmt: off
-    json: bool = False                 # print one JSON object: how many rows were read, dropped by which rule, kept
+    json: bool = False                 # print the counts as one JSON object; with --show one object a recipe
     show: int = 0                      # print this many recipes, with the tokens that count in the loss coloured
     to: str = ""                       # write the recipes that pass the rules to this file (.jsonl or .jsonl.gz)
     # fmt: on
@@ -505,17 +509,26 @@ def write_cleaned(cfg, rules, to):
     print(f"{account.kept} of {account.read} recipes are in {to}")
 
 
-def show(dataset, text, cfg, n):
-    """Print n recipes as the model sees them: targets in green, tokens that the model only reads in grey."""
-    shuffled = np.random.default_rng(cfg.seed).permutation(dataset.indices)
-    for i in shuffled[:n]:
+def show(cfg, rules, folder, n, as_json):
+    """Print n recipes as the model sees them: targets in green, tokens that the model only reads in grey.
+
+    --json: the first n in the order of the files, each as {"text", "ids", "targets": [0 or 1 of each id]}."""
+    text = Text(folder)
+    dataset = load_dataset(cfg.data, "--data", cfg, rules, text)
+    chosen = dataset.indices
+    if not as_json:
+        chosen = np.random.default_rng(cfg.seed).permutation(chosen)
+    for i in chosen[:n]:
         ids, at = dataset.recipe(i, cfg.mask_prompt)
-        targets = set(at.tolist())
-        runs = itertools.groupby(range(len(ids)), key=lambda t: t in targets)
-        for is_target, places in runs:
-            said = text.tokenizer.decode(ids[list(places)].tolist(), skip_special_tokens=False)
+        targets = np.zeros(len(ids), dtype=int)
+        targets[at] = 1
+        if as_json:
+            row = {"text": text.spell(ids), "ids": ids.tolist(), "targets": targets.tolist()}
+            print(json.dumps(row, ensure_ascii=False))
+            continue
+        for is_target, places in itertools.groupby(range(len(ids)), key=targets.__getitem__):
             colour = 32 if is_target else 90  # green, grey
-            print(f"\033[{colour}m{said}\033[0m", end="")
+            print(f"\033[{colour}m{text.spell(ids[list(places)])}\033[0m", end="")
         print("\n")
 
 
@@ -541,28 +554,6 @@ def full_account(dataset, held, cfg, shares):
         "batch_size": cfg.batch_size,
         "batch_tokens": cfg.batch_tokens,
     }
-
-
-def print_account(a):
-    """Print the dict of full_account for people."""
-    print(f"read         {a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")
-    for example in a["bad_examples"]:
-        print(f"{'':17}bad: {example}")
-    for rule, n in a["dropped"].items():
-        most = ""
-        if 2 * n > a["read"]:
-            most = "  more than half of all: is that bound right?"
-        print(f"dropped      {n:>7}  {rule}{most}")
-        for example in a["examples"].get(rule, []):
-            print(f"{'':26}{example}")
-    size = f"{a['batch_size']} recipes"
-    if a["batch_tokens"]:
-        size = f"{a['batch_tokens']} tokens"
-    lengths = ", ".join(f"{n} ({p})" for p, n in a["lengths"].items())
-    shares = ", ".join(f"{kind} {share:.2%}" for kind, share in a["padding"].items())
-    print(f"kept         {a['kept']} recipes, {a['held_out']} held out")
-    print(f"tokens       {a['tokens']:,}; a recipe has {lengths}")
-    print(f"padding      batches of {size}: {shares}")
 
 
 def draw_padding(dataset, cfg, shares, path):
@@ -596,16 +587,16 @@ def main():
         write_cleaned(cfg, rules, what.to)
         return
     folder = hub.resolve(cfg.model, disk.cache_folder(cfg.cache))
-    dataset, held, text = prepare(cfg, rules, folder)
     if what.show:
-        show(dataset, text, cfg, what.show)
+        show(cfg, rules, folder, what.show, what.json)
         return
+    dataset, held, _ = prepare(cfg, rules, folder)
     shares = padding_shares(dataset, cfg)
     account = full_account(dataset, held, cfg, shares)
     if what.json:
         print(json.dumps(account, ensure_ascii=False))
     else:
-        print_account(account)
+        recipes.print_account(account)
     draw_padding(dataset, cfg, shares, "padding.png")
     say("picture", "padding.png")
 

@@ -58,35 +58,11 @@ import numpy as np
 import near
 from files import sources
 from files.sources import BadRow
+from rows import Chat, Recipe, parse
 
-ROLES = {"system", "user", "assistant"}
 # Examples that an Account shows of each rule, and of the bad rows.
 EXAMPLES = 3
 MOST_PROCESSES = 16
-
-
-@dataclass(slots=True)
-class Recipe:
-    """A recipe as title and lists. Where `completion` is not None: another text or a chat, without lists."""
-
-    title: str = ""
-    ingredients: list[str] = field(default_factory=list)
-    directions: list[str] = field(default_factory=list)
-    # The names of the ingredients, where the row has RecipeNLG's column NER (named entities).
-    ner: list[str] = field(default_factory=list, compare=False)
-    prompt: str | None = None
-    completion: str | None = None
-    # The turns of a chat. Their contents are in the completion, too, for the rules that count words.
-    messages: list[dict] = field(default_factory=list)
-
-    def text(self):
-        """(prompt, completion): "Pumpkin Bread" and "\\n\\nIngredients:\\n- 2 eggs …\\n\\nDirections:\\n1. …"."""
-        if self.completion is not None:
-            return self.prompt, self.completion
-        ingredients = "\n- ".join(["\n\nIngredients:", *self.ingredients])
-        steps = [f"{n}. {step}" for n, step in enumerate(self.directions, 1)]
-        directions = "\n".join(["\n\nDirections:", *steps])
-        return self.title, ingredients + directions
 
 
 @dataclass
@@ -108,6 +84,8 @@ class Account:
     examples: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in RULES})
     # The first three bad rows, as "file:line: why".
     bad_examples: list[str] = field(default_factory=list)
+    # {field: in how many rows it stands beside those that are used}
+    unused: dict[str, int] = field(default_factory=dict)
 
     def add_bad(self, why):
         """Count a bad row. why: "file:line: why" """
@@ -120,6 +98,12 @@ class Account:
         self.read -= 1
         self.kept -= 1
         self.add_bad(why)
+
+    def note_unused(self, fields):
+        """Count the fields of a row that were not used. Name a hundred at most, because rows may differ in them."""
+        for name in fields:
+            if name in self.unused or len(self.unused) < 100:
+                self.unused[name] = self.unused.get(name, 0) + 1
 
     def drop(self, rule, example):
         """Count a recipe that a rule dropped. example: "title: why" """
@@ -138,84 +122,6 @@ class Account:
                 f"{share} are no recipes: {'; '.join(self.bad_examples)}. "
                 f"Repair them, or allow a larger share with --allow_bad."
             )
-
-
-# --- parsing: a row becomes a Recipe, or a BadRow says why not ---
-
-
-def parse(row):
-    """The Recipe in a row (a dict of files/sources.py), unrepaired. Raises BadRow where the row is no recipe."""
-    recipe = parse_fields(row)
-    text = "".join([*recipe.text(), *recipe.ner])
-    # Refuse half a surrogate pair, because no tokenizer takes one. Encoding with "ignore" leaves it out.
-    if not text.isascii() and text != text.encode(errors="ignore").decode():
-        raise BadRow("a lone surrogate, or bytes that are no UTF-8")
-    return recipe
-
-
-def parse_fields(row):
-    if "ingredients" in row or "directions" in row or "steps" in row:
-        return parse_lists(row)
-    if "messages" in row:
-        return parse_chat(row)
-    if "completion" in row:
-        return Recipe(prompt=text_of(row, "prompt"), completion=text_of(row, "completion"))
-    if "text" in row:
-        return Recipe(prompt="", completion=text_of(row, "text"))
-    raise BadRow(
-        "it has neither title, ingredients and directions nor text, prompt and completion, or messages"
-    )
-
-
-def parse_lists(row):
-    ner = []
-    if row.get("NER"):
-        ner = texts_of(row, "NER")
-    # The Wikibooks file calls them steps.
-    steps = "directions"
-    if "steps" in row and "directions" not in row:
-        steps = "steps"
-    return Recipe(text_of(row, "title"), texts_of(row, "ingredients"), texts_of(row, steps), ner)
-
-
-def parse_chat(row):
-    # Only role and content of a turn are used.
-    turns = [
-        {"role": text_of(turn, "role"), "content": text_of(turn, "content")}
-        for turn in list_of(row, "messages", dict, "list of objects")
-    ]
-    roles = {turn["role"] for turn in turns}
-    unknown = roles - ROLES
-    if unknown:
-        raise BadRow(f"`messages` has the unknown role {min(unknown)!r:.40}")
-    if "assistant" not in roles:
-        raise BadRow("`messages` has no turn of the assistant: nothing to learn")
-    said = [": ".join(turn.values()) for turn in turns]
-    return Recipe(prompt="", completion="\n\n".join(said), messages=turns)
-
-
-def text_of(row, name):
-    text = row.get(name)
-    if not isinstance(text, str):
-        raise wrong_field(row, name, "text")
-    return text
-
-
-def texts_of(row, name):
-    return list_of(row, name, str, "list of texts")
-
-
-def list_of(row, name, kind, what):
-    items = row.get(name)
-    if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
-        raise wrong_field(row, name, what)
-    return items
-
-
-def wrong_field(row, name, kind):
-    if name not in row:
-        return BadRow(f"`{name}` is missing")
-    return BadRow(f"`{name}` is no {kind} but {row[name]!r:.40}")
 
 
 # --- repairing: what can be mended is not dropped ---
@@ -518,8 +424,7 @@ class Judged(NamedTuple):
     # The text to train on; both are empty for a chat and for a recipe that failed.
     prompt: str
     completion: str
-    # The turns of a chat.
-    messages: list[dict]
+    chat: Chat | None
     # The recipe's key(): recipes of one key are duplicates.
     key: int
     # Whether `repair` changed the recipe.
@@ -528,6 +433,8 @@ class Judged(NamedTuple):
     failed: tuple | None
     # What near.sketch() gives; None: not compared with others for near duplicates.
     sketch: tuple | None
+    # The fields of the row that were not used.
+    unused: tuple
     # The repaired Recipe, for `python data.py --to`; else None.
     recipe: Recipe | None
 
@@ -544,18 +451,19 @@ def judge(recipe, where, context, whole=False):
         if not failed:
             sketch = sketch_of(fixed, context.rules)
     prompt = completion = ""
-    if not failed and not fixed.messages:
+    if not failed and fixed.chat is None:
         prompt, completion = fixed.text()
     return Judged(
         where=where,
         label=label_of(fixed),
         prompt=prompt,
         completion=completion,
-        messages=fixed.messages,
+        chat=fixed.chat,
         key=key(fixed),
         repaired=fixed is not recipe,
         failed=failed,
         sketch=sketch,
+        unused=recipe.unused,
         recipe=fixed if whole else None,
     )
 
@@ -589,6 +497,8 @@ def key(recipe):
         content = " ".join(words)
     else:
         content = f"{recipe.prompt}\0{recipe.completion}"
+        if recipe.chat is not None:
+            content += recipe.chat.extras()
     digest = hashlib.blake2b(content.encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
@@ -730,6 +640,7 @@ def drop_and_count(judged, context, account):
     """The recipes that fail no rule. Each of `judged` has the early rules' answer; the late rules are asked here."""
     for one in judged:
         account.repaired += one.repaired
+        account.note_unused(one.unused)
         failed = one.failed
         if not failed and context.rules is not None:
             failed = first_failed(LATE, one, context)
@@ -743,11 +654,35 @@ def drop_and_count(judged, context, account):
 
 def row_of(recipe):
     """A row from which parse() makes this recipe again, for `python data.py --to`."""
-    if recipe.messages:
-        return {"messages": recipe.messages}
+    if recipe.chat is not None:
+        return recipe.chat.row()
     if recipe.prompt is not None:
         return {"prompt": recipe.prompt, "completion": recipe.completion}
     return {column: getattr(recipe, column.lower()) for column in sources.COLUMNS}
+
+
+def print_account(a):
+    """Print an account for people: that of this file, and the tokens, lengths and padding that data.py adds."""
+    print(f"read         {a['read']} recipes, {a['bad']} bad rows, {a['repaired']} repaired")
+    for example in a["bad_examples"]:
+        print(f"{'':17}bad: {example}")
+    for name, n in a["unused"].items():
+        print(f"unused       {n:>7}  rows have the field {name}")
+    for rule, n in a["dropped"].items():
+        most = ""
+        if 2 * n > a["read"]:
+            most = "  more than half of all: is that bound right?"
+        print(f"dropped      {n:>7}  {rule}{most}")
+        for example in a["examples"].get(rule, []):
+            print(f"{'':26}{example}")
+    size = f"{a['batch_size']} recipes"
+    if a["batch_tokens"]:
+        size = f"{a['batch_tokens']} tokens"
+    lengths = ", ".join(f"{n} ({p})" for p, n in a["lengths"].items())
+    shares = ", ".join(f"{kind} {share:.2%}" for kind, share in a["padding"].items())
+    print(f"kept         {a['kept']} recipes, {a['held_out']} held out")
+    print(f"tokens       {a['tokens']:,}; a recipe has {lengths}")
+    print(f"padding      batches of {size}: {shares}")
 
 
 # --- holding out ---

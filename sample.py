@@ -35,7 +35,7 @@ from files.run import read_run
 from generate import Engine, Sampling, Scheduler, Stream
 from speed import compiled, memory, precision
 from speed.loss import chunked
-from text import IDS, Text
+from text import Text
 
 
 @dataclass
@@ -206,13 +206,7 @@ def recipe_beginning(ingredients):
 
 def chat_ids(text, prompt):
     """The ids of a user's turn in the model's own template."""
-    turn = {"role": "user", "content": prompt}
-    try:
-        pieces = text.chat([turn], ask=True)
-    except recipes.BadRow as why:
-        raise UserError(f"--chat: {why}.") from None
-    (marked,) = text.tokens([pieces])
-    return [token & IDS for token in marked]
+    return text.chat_prompt([{"role": "user", "content": prompt}])
 
 
 # --- who is asked ---

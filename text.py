@@ -13,9 +13,7 @@ from cli import Progress, UserError, ahead, say
 import contextlib
 import hashlib
 import json
-import re
 import tempfile
-import time
 from array import array
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -23,11 +21,13 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 import near
 import recipes
+import rows
+import template
 from files import disk, sources
+from files import tokenizer as tokenizers
 from recipes import BadRow
 
 # A stored token has 32 bits: two marks, and the id in the other 30.
@@ -46,7 +46,7 @@ CHUNK = 2048
 AHEAD = 2
 
 # The sources of these modules and of this file are in the cache key, because the tokens depend on their code.
-CACHE_KEY_SOURCES = [sources, near, recipes]
+CACHE_KEY_SOURCES = [sources, tokenizers, near, rows, recipes, template]
 
 
 class Text:
@@ -56,40 +56,40 @@ class Text:
     Llama-3-Instruct, for example, names two end tokens."""
 
     def __init__(self, folder):
-        self.path = Path(folder, "tokenizer.json")
-        with reading(self.path):
-            self.tokenizer = Tokenizer.from_file(str(self.path))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        # Encode "<|im_end|>" inside a recipe as text, because a recipe must not end there.
-        self.tokenizer.encode_special_tokens = True
-
-        tokens = read_json(Path(folder, "tokenizer_config.json"))
-        config = read_json(Path(folder, "config.json"))
-        generation = read_json(Path(folder, "generation_config.json"))
-
-        # The chat template as the folder has it: a text, a list of {"name", "template"}, or None.
-        self.source = tokens.get("chat_template")
-        beside = Path(folder, "chat_template.jinja")
-        if beside.exists():
-            with reading(beside):
-                self.source = beside.read_text("utf-8")
-
-        # {"eos_token": "</s>", …}: chat templates print these names.
-        self.named = {k: token_text(t) for k, t in tokens.items() if k.endswith("_token")}
-        eos = self.tokenizer.token_to_id(self.named.get("eos_token") or "")
-        ends = ids_in(eos, config.get("eos_token_id"), generation.get("eos_token_id"))
+        files = tokenizers.read_files(folder)
+        loaded = tokenizers.load(files)
+        ends = list(files.end_ids)
+        eos = loaded.token_to_id(files.named.get("eos_token", ""))
+        if eos is not None:
+            ends.insert(0, eos)
         if not ends:
             raise UserError(
                 f"{folder} names no end token (eos_token_id in config.json, or the tokenizer's)."
             )
+        self.files = files
         self.end = ends[0]
         self.ends = set(ends)
-        self.window = config.get("max_position_embeddings") or 2048
+        self.window = files.window
+        # {text: id} of the tokens that a text of somebody's must not hold: a recipe must not end at "<|im_end|>".
+        self.control = tokenizers.control_tokens(loaded, files)
+        self.tokenizer = tokenizers.plain(loaded, self.control)
+        # Whether the vocabulary has ids for which the embedding has no row.
+        self.exceeds = files.embeddings is not None and (
+            max(loaded.get_vocab().values(), default=0) >= files.embeddings
+        )
+        # Whether some tokenizer makes a control token out of plain text all the same.
+        self.leaks = any(self.control_in(ids) for ids in self.encode(list(self.control)))
 
         # Ask the tokenizer what it puts in front of a text: one BOS, or nothing.
         encoded = self.tokenizer.encode("a")
-        self.bos = encoded.ids[: encoded.special_tokens_mask.index(0)]
+        self.bos = encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]
+        for name, token in (
+            (("end", self.end), ("BOS", *self.bos[:1])) if self.bos else (("end", self.end),)
+        ):
+            if self.is_beyond([token]):
+                raise UserError(
+                    f"{folder}: the {name} token is beyond the model: {self.beyond([token])}."
+                )
 
     def encode(self, texts):
         """The ids of each text, without special tokens."""
@@ -100,17 +100,27 @@ class Text:
         """The text of some ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def spell(self, ids):
+        """The text of some ids, special tokens included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def prompt(self, prompt, completion=""):
         """The ids of a prompt and of a completion's beginning, tokenised apart and joined, as in training."""
         prompt_ids, completion_ids = self.encode([prompt, completion])
-        return self.bos + prompt_ids + completion_ids
+        ids = self.bos + prompt_ids + completion_ids
+        why = self.unusable(prompt_ids + completion_ids)
+        if why:
+            raise UserError(f"a prompt cannot be used: {why}.")
+        return ids
 
     def pieces(self, recipe):
         """[(text or ids, mark)]: the parts of a recipe that are tokenised apart. The mark is NEVER, PROMPT or 0:
 
-        [([1], NEVER), ("Pumpkin Bread", PROMPT), ("\\n\\nIngredients:\\n- 3½ cups flour …", 0), ([2], 0)]"""
-        if recipe.messages:
-            return self.chat(recipe.messages)
+        [([1], NEVER), ("Pumpkin Bread", PROMPT), ("\\n\\nIngredients:\\n- 3½ cups flour …", 0), ([2], 0)]
+
+        Of a chat: its printed text, in which marks stand around what is learned (template.py)."""
+        if recipe.chat is not None:
+            return self.template.print_marked(recipe.chat, self.end_texts)
         return [
             (self.bos, NEVER),
             (recipe.prompt, PROMPT),
@@ -119,133 +129,153 @@ class Text:
         ]
 
     def tokens(self, rows):
-        """rows: a list of pieces for each recipe. -> an array of marked ids for each recipe
+        """rows: the pieces of each recipe. -> for each an array of marked ids, or the BadRow why it cannot be used
 
         All texts of all rows go to the tokenizer in one call, because its own threads then share them."""
-        texts = [part for row in rows for part, _ in row if isinstance(part, str)]
+        texts = [
+            part
+            for row in rows
+            if isinstance(row, list)
+            for part, _ in row
+            if isinstance(part, str)
+        ]
         encoded = iter(self.encode(texts))
         out = []
         for row in rows:
-            marked = array("I")
-            for part, mark in row:
-                ids = part
-                if isinstance(part, str):
-                    ids = next(encoded)
-                if mark:
-                    ids = [token | mark for token in ids]
-                marked += array("I", ids)
-            out.append(marked)
+            try:
+                if isinstance(row, str):
+                    out.append(self.tokens_of_chat(row))
+                else:
+                    out.append(self.tokens_of_recipe(row, encoded))
+            except BadRow as why:
+                out.append(why)
         return out
+
+    def tokens_of_recipe(self, row, encoded):
+        """The marked ids of a recipe. encoded: an iterator of the ids of its texts"""
+        marked = array("I")
+        of_texts = []
+        for part, mark in row:
+            ids = part
+            if isinstance(part, str):
+                ids = next(encoded)
+                of_texts += ids if self.leaks or self.exceeds else []
+            if mark:
+                ids = [token | mark for token in ids]
+            marked += array("I", ids)
+        why = self.unusable(of_texts)
+        if why:
+            raise BadRow(why)
+        if len(marked) < 2:
+            raise BadRow("it has no token to learn")
+        return marked
+
+    # --- ids that must not be there ---
+
+    def control_in(self, ids):
+        """The first control token among some ids, as (text, id), or None."""
+        for text, token in self.control.items():
+            if token in ids:
+                return text, token
+        return None
+
+    def is_beyond(self, ids):
+        """Whether the embedding has no row for one of the ids."""
+        return self.files.embeddings is not None and max(ids, default=0) >= self.files.embeddings
+
+    def beyond(self, ids):
+        """A sentence about the largest of some ids."""
+        token = max(ids)
+        word = self.tokenizer.id_to_token(token)
+        return f"{word!r} is token {token}, and the model has embeddings for {self.files.embeddings} only"
+
+    def unusable(self, ids):
+        """Why no model can be given these ids of somebody's text; an empty text where it can."""
+        if self.exceeds and self.is_beyond(ids):
+            return self.beyond(ids)
+        if self.leaks and self.control_in(ids):
+            text, _ = self.control_in(ids)
+            return (
+                f"this tokenizer has no plain tokens for the text {text!r}, only the special token"
+            )
+        return ""
 
     # --- chats ---
 
     @cached_property
     def template(self):
-        """(the model's chat template, a second tokenizer). Special tokens that the template itself prints are special:
-        this tokenizer encodes "<|im_end|>" as the end token."""
-        from jinja2 import StrictUndefined, ext, sandbox
-
-        named = self.source
-        if not isinstance(named, list):
-            named = [{"name": "default", "template": self.source}]
-        source = {one["name"]: one["template"] for one in named}.get("default")
-        if not source:
-            folder = self.path.parent
-            raise UserError(
-                f"{folder} has no chat template, and a chat needs one: name a model that has."
-            )
-        # Run the template in jinja2's sandbox, because a template is code that came with the model.
-        box = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
+        return template.Template(
+            self.files.templates, self.files.named, self.files.folder, self.control
         )
-        # A template that refuses a chat prints raise_exception("why"). A StrictUndefined raises when it is printed.
-        box.globals["raise_exception"] = StrictUndefined
-        box.globals["strftime_now"] = time.strftime
-        return box.from_string(source), Tokenizer.from_file(str(self.path))
 
-    def chat(self, messages, ask=False):
-        """The pieces of a chat: the assistant's turns and their end tokens are targets, all else is never a target.
+    @cached_property
+    def end_texts(self):
+        return [text for text, token in self.control.items() if token in self.ends]
 
-        ask: put the beginning of the assistant's turn behind the last turn, for sampling. Raises BadRow where the
-        template refuses the chat, or does not print each turn once and in order."""
-        first, *after = self.around_contents(messages, ask)
-        if first[:1] != self.bos[:1]:
-            first = self.bos + first
-        pieces = [(first, NEVER)]
-        for turn, ids in zip(messages, after, strict=True):
-            content = turn["content"].strip()
-            if turn["role"] == "assistant":
-                end = self.end_in(ids)
-                pieces += [(content, 0), (ids[:end] or [self.end], 0), (ids[end:], NEVER)]
-            else:
-                pieces += [(content, NEVER), (ids, NEVER)]
-        return pieces
+    @cached_property
+    def whole(self):
+        """The tokenizer of a chat in which nobody wrote a control token."""
+        return tokenizers.whole(self.tokenizer)
 
-    def around_contents(self, messages, ask):
-        """What the template prints around the contents of a chat: ids before the first content, then behind each one.
+    @cached_property
+    def aliased(self):
+        """(the tokenizer of any other chat, {its id: the true id})"""
+        return tokenizers.aliased(self.tokenizer, self.control)
 
-        The template never sees the contents, because "<|im_end|>" in a content must stay text. It renders numbers
-        between two characters of Unicode's private use area, which no template prints. With « for U+E000, » for U+E001:
+    def encode_chat(self, printed):
+        """A text of template.py -> (its ids, where each begins in the text, the text's spans that are learned)
 
-            rendered   "<|im_start|>user\\n«0»<|im_end|>\\n<|im_start|>assistant\\n«1»<|im_end|>\\n"
-            split      "<|im_start|>user\\n", "<|im_end|>\\n<|im_start|>assistant\\n", "<|im_end|>\\n"
+        The whole text is tokenised in one go, as transformers does it. Raises BadRow for a control token that the
+        template did not put."""
+        tokenizer = self.whole
+        true_ids = {}
+        put = self.template.alias
+        if rows.PRIVATE.search(printed) and self.template.holds_alias(printed):
+            tokenizer, true_ids = self.aliased
+            put = self.template.text_of
+            printed = self.template.exchanged(printed)
+        text, spans = template.unmark(printed)
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        ids = [true_ids.get(token, token) for token in encoded.ids]
+        control = set(self.control.values())
+        for token, (begin, end) in zip(ids, encoded.offsets, strict=True):
+            if token in control and text[begin:end].strip() not in put:
+                raise BadRow(
+                    f"the tokenizer takes {text[begin:end]!r:.40} in a turn for the special token "
+                    f"{self.tokenizer.id_to_token(token)!r}"
+                )
+        if self.is_beyond(ids):
+            raise BadRow(self.beyond(ids))
+        begins = np.array([begin for begin, _ in encoded.offsets], dtype=np.int64)
+        return np.array(ids, dtype=np.uint32), begins, spans
 
-        Proof: test_a_chat_has_the_ids_of_transformers (tests/test_text.py)."""
-        template, tokenizer = self.template
-        numbered = [{**turn, "content": f"\ue000{n}\ue001"} for n, turn in enumerate(messages)]
+    def tokens_of_chat(self, printed):
+        """The marked ids of a chat: what stands between marks is a target, with the end token behind it.
+
+        A token that begins before a mark is no target, even if it ends behind it. A token that begins between two marks
+        is one, even if it ends behind the second."""
+        ids, begins, spans = self.encode_chat(printed)
+        is_target = np.zeros(len(ids), dtype=bool)
+        for begin, end in spans:
+            of_span = np.flatnonzero((begins >= begin) & (begins < end))
+            is_target[of_span] = True
+            if len(of_span):
+                last = of_span[-1]
+                next_one = ids[last + 1 : last + 2]
+                if ids[last] not in self.ends and next_one.size and next_one[0] in self.ends:
+                    is_target[last + 1] = True
+        if not is_target[1:].any():
+            raise BadRow("it has no token to learn")
+        return array("I", np.where(is_target, ids, ids | NEVER).astype(np.uint32).tobytes())
+
+    def chat_prompt(self, messages):
+        """The ids of a conversation up to where the assistant speaks next. A UserError says why there are none."""
         try:
-            rendered = template.render(messages=numbered, add_generation_prompt=ask, **self.named)
-        # Catch every Exception, because a template is code that may fail in any way.
-        except Exception as e:
-            raise BadRow(f"the chat template refuses it: {e}") from None
-        # [text, number, text, number, …, text]: the pattern's group makes `split` return the numbers, too.
-        parts = re.split("\ue000(\\d+)\ue001", rendered)
-        if parts[1::2] != [str(n) for n in range(len(messages))]:
-            raise BadRow("the chat template leaves out a turn")
-        return [tokenizer.encode(text, add_special_tokens=False).ids for text in parts[::2]]
-
-    def end_in(self, ids):
-        """How many ids there are up to the first end token, which is counted too; 0 where there is no end token."""
-        for n, token in enumerate(ids, 1):
-            if token in self.ends:
-                return n
-        return 0
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Inside this block any error becomes a UserError that names the file `path` of the model folder."""
-    try:
-        yield
-    # Catch every Exception, because the package tokenizers raises nothing more special.
-    except Exception as e:
-        raise UserError(f"{path} cannot be read ({e}).") from None
-
-
-def read_json(path):
-    """The dict in a JSON file; an empty dict where there is no file."""
-    if not path.exists():
-        return {}
-    with reading(path):
-        return dict(json.loads(path.read_bytes()))
-
-
-def token_text(token):
-    """The text of a token of tokenizer_config.json, which is stored as "</s>" or as {"content": "</s>", …}."""
-    if isinstance(token, dict):
-        return token["content"]
-    return token
-
-
-def ids_in(*values):
-    """All token ids among the values, each of which is an id, a list of ids or None."""
-    ids = []
-    for value in values:
-        if isinstance(value, list):
-            ids += value
-        elif value is not None:
-            ids.append(value)
-    return ids
+            turns = rows.parse_turns(messages)
+            ids, _, _ = self.encode_chat(self.template.print_prompt(turns))
+        except BadRow as why:
+            raise UserError(f"the chat cannot be used: {why}.") from None
+        return ids.tolist()
 
 
 # --- from files to a file of tokens ---
@@ -273,10 +303,11 @@ def tokenise(files, data_cfg, rules, text, held=()):
         # Rename the folder to its place when it is whole, so that nobody reads the half of a killed program.
         part = Path(temporary, name)
         part.mkdir()
-        write_tokens(part, keys_and_pieces(kept, text, account), text)
+        digest = write_tokens(part, with_pieces(kept, text, account), text, account)
         # Check again after `clean`, because the chat template may have refused rows that `clean` kept.
         account.check_bad(files, data_cfg.allow_bad)
-        content = json.dumps(asdict(account), ensure_ascii=False)
+        about = {**asdict(account), "tokens_sha256": digest}
+        content = json.dumps(about, ensure_ascii=False)
         (part / "account.json").write_text(content, encoding="utf-8")
         # Ignore an OSError, because then another process has put the same content there.
         with contextlib.suppress(OSError):
@@ -285,58 +316,67 @@ def tokenise(files, data_cfg, rules, text, held=()):
 
 
 def cache_key(files, held, rules, text, allow_bad):
-    """A hash of all that the tokens depend on: files, rules, tokenizer, chat template, and the code that makes them."""
-    every = [*files, *held]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in every]
+    """A hash of all that the tokens depend on: files, rules, tokenizer, chat template, and the code that makes them.
+
+    The content of each file counts, because a file may change and keep its size and time. Hashing 2.2 GB takes 2 s."""
     code = [Path(module.__file__) for module in CACHE_KEY_SOURCES]
+    read = [*files, *held, text.files.path, *code, Path(__file__)]
     bounds = None
     if rules is not None:
         bounds = asdict(rules)
-    contents = [file.read_text("utf-8") for file in [text.path, *code, Path(__file__)]]
     depends_on = {
-        "files": stats,
+        "contents": [disk.digest(file) for file in read],
+        # An example in the account names its file.
+        "names": [str(file) for file in files],
         "held from": len(files),
         "allow_bad": allow_bad,
         "rules": bounds,
         "bos": text.bos,
         "end": text.end,
         "ends": sorted(text.ends),
-        "named": text.named,
-        "template": text.source,
-        "contents": contents,
+        "control": text.control,
+        "embeddings": text.files.embeddings,
+        "named": text.files.named,
+        "templates": text.files.templates,
     }
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
 
 
-def keys_and_pieces(kept, text, account):
-    """(key, pieces) of each kept recipe. A recipe that the chat template refuses is counted as a bad row instead."""
+def with_pieces(kept, text, account):
+    """(recipe, pieces) of each kept recipe. A recipe that the chat template refuses is counted as a bad row instead."""
     for recipe in kept:
         try:
             pieces = text.pieces(recipe)
         except BadRow as why:
             account.refuse(f"{recipe.where}: {why}")
         else:
-            yield recipe.key, pieces
+            yield recipe, pieces
 
 
-def write_tokens(folder, made, text):
-    """Write tokens.bin and rows.bin. made: an iterator of (key, pieces), one a recipe
+def write_tokens(folder, made, text, account):
+    """Write tokens.bin and rows.bin. made: an iterator of (recipe, pieces). -> a hash of all tokens
 
     A thread tokenises two chunks ahead, while this thread cleans the recipes of the next chunk and writes."""
     made = iter(made)
     chunks = iter(lambda: list(islice(made, CHUNK)), [])
     encoded = ahead(partial(encode, text), chunks, AHEAD)
+    digest = hashlib.sha256()
     with open(folder / "tokens.bin", "wb") as out, open(folder / "rows.bin", "wb") as rows:
-        for key, tokens in chain.from_iterable(encoded):
+        for recipe, tokens in chain.from_iterable(encoded):
+            if isinstance(tokens, BadRow):
+                account.refuse(f"{recipe.where}: {tokens}")
+                continue
             start = out.tell() // 4  # four bytes a token
-            rows.write(np.array((start, len(tokens), key), dtype=ROW).tobytes())
+            rows.write(np.array((start, len(tokens), recipe.key), dtype=ROW).tobytes())
             out.write(tokens)
+            digest.update(tokens)
+    return digest.hexdigest()
 
 
 def encode(text, chunk):
-    """chunk: a list of (key, pieces). -> a list of (key, marked ids)"""
+    """chunk: a list of (recipe, pieces). -> a list of (recipe, marked ids or the BadRow why there are none)"""
     tokens = text.tokens([pieces for _, pieces in chunk])
-    return [(key, marked) for (key, _), marked in zip(chunk, tokens, strict=True)]
+    return [(recipe, marked) for (recipe, _), marked in zip(chunk, tokens, strict=True)]
 
 
 class TokenFile:
@@ -402,23 +442,53 @@ def why_nothing_is_left(account):
 
 
 def check_targets(dataset, text, cfg):
-    """Check 256 recipes before training: each ends in the end token as a target, and has one BOS where there is one.
+    """Check 256 recipes before training: each ends in an end token as a target, and BOS stands where it belongs.
 
-    Otherwise a run would end without an error, and the model would never stop writing."""
+    Otherwise a run would end without an error, and the model would never stop writing. What an end token and a BOS are
+    say the tokenizer and the weights; where they stand in a chat says the template."""
     sample = dataset.indices[:256]
     targets = 0
+    without = 0  # rows that do not begin with the tokenizer's BOS
+    several = 0  # rows that hold BOS more than once
     for i in sample:
         ids, at = dataset.recipe(i, cfg.mask_prompt)
-        if not len(at) or ids[at[-1]] != text.end:
-            raise UserError(
-                f"recipe {i} does not end in the end token as a target: the model would not learn to stop."
-            )
-        if text.bos and (ids[0] != text.bos[0] or (ids[1:] == text.bos[0]).any()):
-            raise UserError(f"recipe {i} does not begin with exactly one BOS token.")
+        check_end(i, ids, at, text)
+        places = np.flatnonzero(np.isin(ids, text.bos))
+        if text.bos and text.bos[0] not in text.ends:
+            check_bos(i, places)
+            without += places[:1].tolist() != [0]
+            several += len(places) > 1
         targets += len(at)
     share = targets / dataset.lengths(sample).sum()
     dropped = dataset.account["dropped"]["max_len"]
-    say("check", f"end token {text.end} ends {len(sample)} of {len(sample)} rows, as a target")
-    say("check", f"BOS: {'exactly one' if text.bos else 'this tokenizer has none'}")
+    say("check", f"an end token ends {len(sample)} of {len(sample)} rows, as a target")
+    say("check", f"BOS: {about_bos(text, without, several)}")
     dropped = f"{dropped} recipes dropped for --max_len {cfg.max_len}"
     say("check", f"{dropped}; {share:.0%} of the tokens are targets")
+
+
+def check_end(i, ids, at, text):
+    if not len(at) or ids[at[-1]] not in text.ends:
+        last = text.spell(ids[at[-1:]].tolist())
+        raise UserError(
+            f"recipe {i} does not end in an end token as a target, but in {last!r}: the model would not learn to stop. "
+            "If that is how the chat template ends a turn, add its id to eos_token_id in generation_config.json."
+        )
+
+
+def check_bos(i, places):
+    """places: where BOS stands in recipe i"""
+    if (np.diff(places) == 1).any():
+        raise UserError(
+            f"recipe {i} has two BOS tokens in a row: the chat template prints one too many."
+        )
+
+
+def about_bos(text, without, several):
+    if not text.bos:
+        return "this tokenizer has none"
+    if text.bos[0] in text.ends:
+        return "the tokenizer's BOS is an end token, too"
+    if without or several:
+        return f"{without} rows begin without it and {several} hold several, as their chat template prints it"
+    return "exactly one"

@@ -331,8 +331,8 @@ ONLY_PAIRS = (
             [
                 ("<s>user\nWhat is in a pie?</s>\n<s>assistant\n", 0),
                 ("Apples </s> and\n<s>sugar.</s>", 1),
-                ("\n<s>user\nMore?</s>\n<s>assistant\n", 0),
-                ("No.</s>", 1),
+                ("\n<s>user\n More?</s>\n<s>assistant\n", 0),
+                ("No.\n</s>", 1),
                 ("\n", 0),
             ],
         ),

@@ -1,0 +1,348 @@
+"""The tokenizer of a model folder: which ids a text has, and which tokens a text of somebody's must never have.
+
+    files = read_files(folder)                 # what the folder's files say: end tokens, chat templates, …
+    tokenizer = load(files)                    # tokenizer.json, with the tokens that the other files add
+    control = control_tokens(tokenizer, files) # {"<|im_end|>": 2, …}
+    plain(tokenizer, control)                  # "<|im_end|>" in a text is text
+    whole(tokenizer)                           # "<|im_end|>" in a text is token 2: for what a chat template printed
+    aliased(tokenizer, control)                # "<|im_end|>" is text, and a private character is token 2
+
+The rules are those of transformers' PreTrainedTokenizerFast, so that ids are the same. tokenizer.json says how a text
+is cut, and the other files add tokens and names. Each key of tokenizer_config.json is used, known to be harmless, or
+refused by name.
+"""
+
+from cli import UserError
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+# The names under which transformers hands tokens to a chat template.
+NAMES = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+
+# Keys of tokenizer_config.json that are used below, beside all that end in "_token".
+USED = {
+    "chat_template",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "split_special_tokens",
+}
+
+# Keys that change no token here: {why: keys}. tokenizer.json holds each step in full, so what a class of transformers
+# would build from such a key is not asked.
+HARMLESS = {
+    "about truncation and padding, which are off": (
+        "model_max_length max_length stride truncation truncation_side truncation_strategy padding padding_side"
+        " pad_to_multiple_of pad_token_type_id max_len model_input_names return_token_type_ids"
+    ),
+    "a step that tokenizer.json has in full": (
+        "add_bos_token add_eos_token add_prefix_space add_dummy_prefix_space legacy sp_model_kwargs do_lower_case"
+        " tokenize_chinese_chars strip_accents do_basic_tokenize never_split keep_accents remove_space"
+        " wordpieces_prefix unk_id errors fix_mistral_regex trim_offsets from_slow use_fast spm_file byte_fallback"
+    ),
+    "about decoding": "clean_up_tokenization_spaces spaces_between_special_tokens",
+    "a name of a class, a file or a version": (
+        "tokenizer_class auto_map processor_class name_or_path _name_or_path tokenizer_file vocab_file merges_file"
+        " special_tokens_map_file added_tokens_file backend is_local local_files_only init_inputs tokenizer_type"
+        " transformers_version trust_remote_code _commit_hash revision cache_dir repo_type task device_map torch_dtype"
+        " dtype unsloth_fixed tokenizer_object image_processor_type"
+    ),
+    "a text for chats that only old templates read": "use_default_system_prompt default_system_prompt",
+    "a copy of what is known already": "special_tokens added_tokens vocab_size tokens_trie response_schema",
+    "what a template may print is read from the template": "chat_template_kwargs system_prompt",
+}
+KNOWN = USED | {key for keys in HARMLESS.values() for key in keys.split()}
+
+# aliased() gives each control token a character of Unicode's plane 15, which is for private use.
+ALIAS = 0xF0000
+MOST_ALIASES = 0xFFFD
+
+
+@dataclass
+class TokenizerFiles:
+    """What the files of a model folder say of its tokenizer."""
+
+    folder: Path
+    # Tokens that tokenizer_config.json lists in full: they replace those of tokenizer.json.
+    listed: list[AddedToken] = field(default_factory=list)
+    # Tokens that the files only name: they are added where there is no such token.
+    mentioned: list[AddedToken] = field(default_factory=list)
+    # {"bos_token": "<s>", …}: chat templates print these names. A name without a token is left out.
+    named: dict[str, str] = field(default_factory=dict)
+    # {"default": chat template, "tool_use": …}
+    templates: dict[str, str] = field(default_factory=dict)
+    # The ids of config.json and generation_config.json that end a text.
+    end_ids: list[int] = field(default_factory=list)
+    # How many positions the model has.
+    window: int = 2048
+    # How many rows the embedding has; None: config.json does not say.
+    embeddings: int | None = None
+
+    @property
+    def path(self):
+        return self.folder / "tokenizer.json"
+
+
+# --- the files ---
+
+
+def read_files(folder):
+    """The TokenizerFiles of a model folder. A UserError names a file or a key that cannot be used."""
+    folder = Path(folder)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    refuse_unknown(path, settings)
+    if "added_tokens_decoder" not in settings:
+        # transformers reads these two older files only then.
+        settings |= read_json(folder / "special_tokens_map.json")
+        check_added_tokens(folder)
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json")
+    ends = []
+    for name, values in (("config.json", config), ("generation_config.json", generation)):
+        ends += end_ids(folder / name, values.get("eos_token_id"))
+    with reading(path):
+        named = named_tokens(settings)
+        listed = listed_tokens(settings)
+        mentioned = mentioned_tokens(settings, named)
+        templates = chat_templates(folder, settings.get("chat_template"))
+    return TokenizerFiles(
+        folder=folder,
+        listed=listed,
+        mentioned=mentioned,
+        named={name: named[name] for name in NAMES if name in named},
+        templates=templates,
+        end_ids=ends,
+        window=size_of(folder, config, "max_position_embeddings") or 2048,
+        embeddings=size_of(folder, config, "vocab_size"),
+    )
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Inside this block any error becomes a UserError that names the file `path` of the model folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    # Catch every Exception, because the package tokenizers raises nothing more special.
+    except Exception as e:
+        raise UserError(f"{path} cannot be read ({e!r}).") from None
+
+
+def read_json(path):
+    """The dict in a JSON file; an empty dict where there is no file."""
+    if not path.exists():
+        return {}
+    with reading(path):
+        return dict(json.loads(path.read_bytes()))
+
+
+def refuse_unknown(path, settings):
+    """A UserError for a key that this file does not know, unless its value switches it off."""
+    for key, value in settings.items():
+        is_known = key in KNOWN or key.endswith(("_token", "_token_id"))
+        if not is_known and value:
+            raise UserError(
+                f"{path} has the key {key} = {value!r:.60}, which this program does not know. "
+                "Remove the key if it changes no token."
+            )
+    if settings.get("split_special_tokens"):
+        raise UserError(
+            f"{path}: split_special_tokens would cut the chat template's own tokens; remove the key."
+        )
+
+
+def check_added_tokens(folder):
+    """A UserError where added_tokens.json names a token that tokenizer.json has not, or has with another id."""
+    path = folder / "added_tokens.json"
+    older = read_json(path)
+    if not older:
+        return
+    with reading(folder / "tokenizer.json"):
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for token, number in older.items():
+        if tokenizer.token_to_id(token) != number:
+            raise UserError(
+                f"{path}: {token!r} is token {number}, but tokenizer.json says {tokenizer.token_to_id(token)}. "
+                "Remove the file that is wrong."
+            )
+
+
+def end_ids(path, value):
+    """The ids in an eos_token_id, which is an id, a list of ids or nothing."""
+    values = value if isinstance(value, list) else [value]
+    ids = [one for one in values if one is not None]
+    for one in ids:
+        if type(one) is not int or one < 0:
+            raise UserError(f"{path}: eos_token_id is {value!r:.60}, where a token's id is wanted.")
+    return ids
+
+
+def size_of(folder, config, key):
+    """A size in config.json; None where there is none."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or value != value // 1 or value < 1:
+        raise UserError(
+            f"{folder / 'config.json'}: {key} is {value!r:.60}, where a number of 1 or more is wanted."
+        )
+    return int(value)
+
+
+def named_tokens(settings):
+    """{"eos_token": "</s>", …} of all keys that end in _token and name one."""
+    named = {}
+    for key, token in settings.items():
+        if key.endswith("_token") and isinstance(token, str | dict):
+            named[key] = text_of(token)
+    return {key: text for key, text in named.items() if text}
+
+
+def text_of(token):
+    """The text of a token, which is stored as "</s>" or as {"content": "</s>", …}."""
+    if isinstance(token, dict):
+        return token["content"]
+    return token
+
+
+def listed_tokens(settings):
+    """The tokens of added_tokens_decoder, {"2": {"content": "</s>", "special": true, …}}, by their ids."""
+    decoder = settings.get("added_tokens_decoder") or {}
+    return [added_token(token) for _, token in sorted(decoder.items(), key=by_number)]
+
+
+def mentioned_tokens(settings, named):
+    """The named tokens, and those of extra_special_tokens."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        extra = list(extra.values())
+    return [added_token(token) for token in [*named.values(), *extra]]
+
+
+def by_number(item):
+    number, _ = item
+    return int(number)
+
+
+def added_token(token):
+    """A token of a configuration file as the package tokenizers takes it. Without a word about it, it is special."""
+    if isinstance(token, str):
+        return AddedToken(token, special=True, normalized=False)
+    flags = {"special": True, **token}
+    return AddedToken(
+        flags.pop("content"), **{k: v for k, v in flags.items() if k not in ("id", "__type")}
+    )
+
+
+def chat_templates(folder, stored):
+    """{name: template}: those of tokenizer_config.json, and over them the .jinja files of the folder."""
+    templates = {}
+    if isinstance(stored, list):
+        templates = {one["name"]: one["template"] for one in stored}
+    elif isinstance(stored, dict):
+        templates = dict(stored)
+    elif stored:
+        templates = {"default": stored}
+    beside = folder / "chat_template.jinja"
+    if beside.exists():
+        with reading(beside):
+            templates["default"] = beside.read_text("utf-8")
+    for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        with reading(path):
+            templates[path.stem] = path.read_text("utf-8")
+    for name, template in templates.items():
+        if not isinstance(template, str):
+            raise UserError(
+                f"{folder}: the chat template {name!r} is no text but {template!r:.40}."
+            )
+    return templates
+
+
+# --- tokenizers ---
+
+
+def load(files):
+    """The Tokenizer of tokenizer.json, with the tokens that the other files add. It neither pads nor truncates."""
+    with reading(files.path):
+        tokenizer = Tokenizer.from_file(str(files.path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        had = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_tokens([token for token in files.listed if repr(token) not in had])
+        texts = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_tokens([token for token in files.mentioned if token.content not in texts])
+    return tokenizer
+
+
+def control_tokens(tokenizer, files):
+    """{text: id} of the tokens that only a template or this program may put: a text of somebody's must not hold them.
+
+    These are the special tokens, and the end tokens and named tokens even if their flag `special` is off."""
+    named = set(files.named.values())
+    control = {}
+    for number, token in tokenizer.get_added_tokens_decoder().items():
+        if token.special or token.content in named or number in files.end_ids:
+            control[token.content] = number
+    return control
+
+
+def plain(tokenizer, control):
+    """The tokenizer, or a copy, for which the control tokens' texts are ordinary text.
+
+    encode_special_tokens does that for tokens whose flag `special` is on, so the copy has that flag on."""
+    flags = [
+        token.special
+        for token in tokenizer.get_added_tokens_decoder().values()
+        if token.content in control
+    ]
+    if not all(flags):
+        parts = json.loads(tokenizer.to_str())
+        for token in parts["added_tokens"]:
+            if token["content"] in control:
+                token["special"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(parts))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def whole(tokenizer):
+    """A copy of the tokenizer whose offsets are those of the text.
+
+    Some post-processors (trim_offsets of ByteLevel) move a token's beginning behind its space."""
+    parts = json.loads(tokenizer.to_str())
+    parts["post_processor"] = None
+    copy = Tokenizer.from_str(json.dumps(parts))
+    copy.encode_special_tokens = False
+    return copy
+
+
+def aliases(control):
+    """{text of a control token: its alias}, the longest text first, because one may contain another."""
+    if len(control) > MOST_ALIASES:
+        raise UserError(f"{len(control)} special tokens are more than this program can tell apart.")
+    longest_first = sorted(control, key=len, reverse=True)
+    return {text: chr(ALIAS + n) for n, text in enumerate(longest_first)}
+
+
+def aliased(tokenizer, control):
+    """(a copy of the tokenizer, {its id of an added token: the true id}): an alias stands for each control token.
+
+    In the copy the alias of "<|im_end|>" is what "<|im_end|>" was, and "<|im_end|>" itself is ordinary text. So one
+    text can hold both, and is tokenised in one go. The package gives added tokens new ids, hence the table."""
+    alias = aliases(control)
+    parts = json.loads(tokenizer.to_str())
+    parts["post_processor"] = None
+    true_ids = {}
+    for token in parts["added_tokens"]:
+        token["content"] = alias.get(token["content"], token["content"])
+        true_ids[token["content"]] = token["id"]
+    copy = Tokenizer.from_str(json.dumps(parts))
+    copy.encode_special_tokens = False
+    return copy, {copy.token_to_id(text): number for text, number in true_ids.items()}
