@@ -24,7 +24,6 @@ import re
 import signal
 import threading
 from datetime import datetime
-from functools import cached_property
 
 from files import tokenizer as tokenizers
 from files.sources import BadRow
@@ -66,10 +65,10 @@ class Template:
         # Any control token; the longest first, because one may contain another.
         self.control = re.compile("|".join(map(re.escape, self.alias)) or "(?!)")
         self.text_of = {alias: text for text, alias in self.alias.items()}
+        # {name: (compiled template, the words in it that may be names of a turn's keys)}
+        self.compiled = self.compile()
 
-    @cached_property
-    def compiled(self):
-        """{name: (compiled template, the words in it that may be names of a turn's keys)}"""
+    def compile(self):
         found = {}
         for name, source in self.sources.items():
             try:

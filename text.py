@@ -73,23 +73,20 @@ class Text:
         # {text: id} of the tokens that a text of somebody's must not hold: a recipe must not end at "<|im_end|>".
         self.control = tokenizers.control_tokens(loaded, files)
         self.tokenizer = tokenizers.plain(loaded, self.control)
+        self.never = tokenizers.never_from_text(loaded, self.control, files)
         # Whether the vocabulary has ids for which the embedding has no row.
         self.exceeds = files.embeddings is not None and (
             max(loaded.get_vocab().values(), default=0) >= files.embeddings
         )
         # Whether some tokenizer makes a control token out of plain text all the same.
-        self.leaks = any(self.control_in(ids) for ids in self.encode(list(self.control)))
+        self.leaks = any(self.never.intersection(ids) for ids in self.encode(list(self.control)))
 
         # Ask the tokenizer what it puts in front of a text: one BOS, or nothing.
         encoded = self.tokenizer.encode("a")
         self.bos = encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]
-        for name, token in (
-            (("end", self.end), ("BOS", *self.bos[:1])) if self.bos else (("end", self.end),)
-        ):
-            if self.is_beyond([token]):
-                raise UserError(
-                    f"{folder}: the {name} token is beyond the model: {self.beyond([token])}."
-                )
+        for name, ids in {"end": [self.end], "BOS": self.bos}.items():
+            if self.is_beyond(ids):
+                raise UserError(f"{folder}: the {name} token cannot be used: {self.beyond(ids)}.")
 
     def encode(self, texts):
         """The ids of each text, without special tokens."""
@@ -172,13 +169,6 @@ class Text:
 
     # --- ids that must not be there ---
 
-    def control_in(self, ids):
-        """The first control token among some ids, as (text, id), or None."""
-        for text, token in self.control.items():
-            if token in ids:
-                return text, token
-        return None
-
     def is_beyond(self, ids):
         """Whether the embedding has no row for one of the ids."""
         return self.files.embeddings is not None and max(ids, default=0) >= self.files.embeddings
@@ -193,10 +183,11 @@ class Text:
         """Why no model can be given these ids of somebody's text; an empty text where it can."""
         if self.exceeds and self.is_beyond(ids):
             return self.beyond(ids)
-        if self.leaks and self.control_in(ids):
-            text, _ = self.control_in(ids)
+        leaked = self.never.intersection(ids)
+        if leaked:
+            word = self.tokenizer.id_to_token(min(leaked))
             return (
-                f"this tokenizer has no plain tokens for the text {text!r}, only the special token"
+                f"this tokenizer has no plain tokens for the text {word!r}, only that special token"
             )
         return ""
 
@@ -237,9 +228,8 @@ class Text:
         text, spans = template.unmark(printed)
         encoded = tokenizer.encode(text, add_special_tokens=False)
         ids = [true_ids.get(token, token) for token in encoded.ids]
-        control = set(self.control.values())
         for token, (begin, end) in zip(ids, encoded.offsets, strict=True):
-            if token in control and text[begin:end].strip() not in put:
+            if token in self.never and text[begin:end].strip() not in put:
                 raise BadRow(
                     f"the tokenizer takes {text[begin:end]!r:.40} in a turn for the special token "
                     f"{self.tokenizer.id_to_token(token)!r}"
@@ -274,7 +264,7 @@ class Text:
             turns = rows.parse_turns(messages)
             ids, _, _ = self.encode_chat(self.template.print_prompt(turns))
         except BadRow as why:
-            raise UserError(f"the chat cannot be used: {why}.") from None
+            raise UserError(f"--chat: {why}.") from None
         return ids.tolist()
 
 

@@ -16,6 +16,7 @@ from cli import UserError
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -189,7 +190,8 @@ def size_of(folder, config, key):
     value = config.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or value != value // 1 or value < 1:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or value != value // 1 or value < 1:
         raise UserError(
             f"{folder / 'config.json'}: {key} is {value!r:.60}, where a number of 1 or more is wanted."
         )
@@ -291,6 +293,22 @@ def control_tokens(tokenizer, files):
         if token.special or token.content in named or number in files.end_ids:
             control[token.content] = number
     return control
+
+
+# SentencePiece's tokens of single bytes.
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def never_from_text(tokenizer, control, files):
+    """The ids of control tokens that no text of somebody's may become.
+
+    All but the unknown token and single bytes, which stand for characters that the vocabulary lacks."""
+    usual = {files.named.get("unk_token"), getattr(tokenizer.model, "unk_token", None)}
+    ids = set(files.end_ids)
+    for text, number in control.items():
+        if text not in usual and not BYTE.fullmatch(text):
+            ids.add(number)
+    return ids
 
 
 def plain(tokenizer, control):

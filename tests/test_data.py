@@ -36,6 +36,7 @@ import data
 import recipes
 from data import Data
 from recipes import Rules
+from text import NEVER
 
 TEA = {"title": "Tea", "ingredients": ["water", "tea"], "directions": ["Boil.", "Pour."]}
 COUNTS = ("random", "sorted")
@@ -71,7 +72,8 @@ def test_collate_against_a_slow_loop(tmp_path, tiny_model, bos_model, bos, mask)
 
 
 def test_a_batch_without_any_target_is_an_error_that_names_its_recipes(tmp_path, tiny_model):
-    dataset, _ = tokenised(tmp_path, [TEA, {"text": ""}, {"text": ""}], tiny_model)
+    dataset, _ = tokenised(tmp_path, [TEA, {"text": "a"}, {"text": "b"}], tiny_model)
+    dataset.source.tokens = dataset.source.tokens | NEVER
     with pytest.raises(UserError, match=r"no target token.*\[1, 2\]"):
         data.collate(dataset, [1, 2], False)
 
@@ -521,6 +523,8 @@ JSON_KEYS = {
     "dropped",
     "examples",
     "bad_examples",
+    "unused",
+    "tokens_sha256",
     "held_out",
     "tokens",
     "lengths",
@@ -923,4 +927,4 @@ def test_show_of_a_chat_has_the_assistant_in_green(tmp_path, data_py):
     )
     out, _ = data_py("--data", file, "--show", 1, "--no-clean", "--val_recipes", 2, model=model)
     green = re.findall(r"\x1b\[32m(.*?)\x1b\[0m", out, re.DOTALL)
-    assert green[0] == "Apples </s> and\n<s>sugar.</s>" and green[1:] in ([], ["No.</s>"])
+    assert green[0] == "Apples </s> and\n<s>sugar.</s>" and green[1:] in ([], ["No.\n</s>"])

@@ -738,7 +738,7 @@ def test_a_chat_is_a_row(tmp_path):
     (one,), account = read_recipes(
         put(tmp_path / "a.jsonl", jsonl({"messages": chat, "prompt": "p"}))
     )
-    assert one.messages == [{"role": "user", "content": "Pie?"}, TURN] and account.bad == 0
+    assert one.chat.messages == chat and account.bad == 0 and account.unused == {"prompt": 1}
     assert one.completion == "user: Pie?\n\nassistant: Yes."
     sources.save(map(recipes.row_of, [one, TEA]), tmp_path / "b.jsonl.gz")
     assert read_recipes(tmp_path / "b.jsonl.gz")[0] == [one, TEA]

@@ -4,10 +4,13 @@ from cli import UserError
 
 import errno
 import itertools
+import json
 import os
 import re
 from pathlib import Path
 
+import chats
+import numpy as np
 import pytest
 from conftest import (
     BOS,
@@ -21,17 +24,23 @@ from conftest import (
     jsonl,
     made_recipes,
     make_model,
+    program,
     put,
     rendered,
     tokenised,
     write_jsonl,
 )
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 
 import data
 import recipes
+import rows
+import template as templates
 from data import Data
+from files.sources import BadRow
 from recipes import Rules
-from text import PROMPT, Text, TokenFile, tokenise
+from text import IDS, PROMPT, Text, TokenFile, check_targets, tokenise
 
 TEA = {"title": "Tea", "ingredients": ["water", "tea"], "directions": ["Boil.", "Pour."]}
 TEA_COMPLETION = "\n\nIngredients:\n- water\n- tea\n\nDirections:\n1. Boil.\n2. Pour."
@@ -363,29 +372,147 @@ def test_targets_of_a_chat_are_the_assistants_turns_and_their_ends(tmp_path, tem
     )  # what the user wrote is text
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMED], ids=["chatml", "trimmed"])
-@pytest.mark.parametrize("ask", [False, True])
-def test_a_chat_has_the_ids_of_transformers(tmp_path, template, ask):
+def fed(text, chat):
+    """(ids, which of them are targets) of a row with messages; a BadRow is raised."""
+    (marked,) = text.tokens([text.pieces(rows.parse(chat))])
+    if isinstance(marked, BadRow):
+        raise marked
+    return [i & IDS for i in marked], [int(i < PROMPT) for i in marked]
+
+
+@pytest.mark.parametrize("template", chats.TEMPLATES)
+@pytest.mark.parametrize("kind", chats.TOKENIZERS)
+def test_ids_of_a_chat(tmp_path, kind, template):
+    """Those of transformers on the same folder. Targets: as written down by hand, by transformers' offsets."""
     transformers = pytest.importorskip("transformers")
-    model = chat_model(tmp_path / "model", template)
-    chat = [
-        {**m, "content": re.sub("</?s>", "", m["content"]).strip()} for m in CHAT[: 3 if ask else 4]
-    ]
+    model = chats.folder_of(tmp_path / "model", kind, chats.TEMPLATES[template])
+    text, other = Text(model), transformers.PreTrainedTokenizerFast.from_pretrained(model)
+    equal = 0
+    for name, chat in chats.CHATS.items():
+        try:
+            ids, targets = fed(text, chat)
+        except BadRow:
+            # Everywhere else the template prints all that is there.
+            assert (template, name) in chats.REFUSED, name
+            continue
+        assert (template, name) not in chats.REFUSED
+        how = {"tools": chat.get("tools"), "add_generation_prompt": False}
+        assert ids == other.apply_chat_template(
+            chat["messages"], tokenize=True, return_dict=False, **how
+        )
+        equal += 1
+        printed = chats.PRINTED.get((template, name))
+        if printed is None or kind == "trim_offsets":
+            continue
+        plain, spans = chats.by_hand(printed)
+        assert plain == other.apply_chat_template(chat["messages"], tokenize=False, **how)
+        offsets = other(plain, add_special_tokens=False, return_offsets_mapping=True)
+        assert offsets["input_ids"] == ids
+        assert targets == [
+            int(any(begin <= start < end for begin, end in spans))
+            for start, _ in offsets["offset_mapping"]
+        ]
+    assert equal >= 5
+
+
+@pytest.mark.parametrize("printed", chats.PRINTED, ids="-".join)
+def test_targets_of_a_chat(tmp_path, printed):
+    """A token a byte, so that ids and targets can be written down for each character."""
+    template, name = printed
+    model = chats.byte_folder(tmp_path / "model", chats.TEMPLATES[template])
     text = Text(model)
-    (ids,) = text.tokens([text.chat(chat, ask)])
-    other = transformers.PreTrainedTokenizerFast.from_pretrained(model).apply_chat_template(
-        chat, tokenize=True, add_generation_prompt=ask, return_dict=True
-    )["input_ids"]
-    assert [i & (PROMPT - 1) for i in ids] == other
+    ids, targets = fed(text, chats.CHATS[name])
+    plain, spans = chats.by_hand(chats.PRINTED[printed])
+    said = "".join(text.spell([i]) for i, target in zip(ids, targets, strict=True) if target)
+    assert said == "".join(plain[begin:end] for begin, end in spans)
+    assert text.spell(ids) == plain
+
+
+@pytest.mark.parametrize("template", chats.TEMPLATES)
+def test_special_tokens_that_somebody_wrote_stay_text(tmp_path, template):
+    """« and » stand around the template's own control tokens; everything else is a token a byte, by hand."""
+    model = chats.byte_folder(tmp_path / "model", chats.TEMPLATES[template])
+    text = Text(model)
+    ids, targets = fed(text, {"messages": chats.SPECIAL})
+    by_hand = []
+    for part in re.split("(«[^»]+»)", chats.SPECIAL_PRINTED[template]):
+        if part.startswith("«"):
+            by_hand.append(text.tokenizer.token_to_id(part[1:-1]))
+        else:
+            by_hand += [text.tokenizer.token_to_id(c) for c in chats.byte_characters(part)]
+    assert ids == by_hand
+    ends = [i for i, target in zip(ids, targets, strict=True) if target and i in text.ends]
+    assert len(ends) == 2
+
+
+@pytest.mark.parametrize("kind", [k for k in chats.TOKENIZERS if k != "word_piece"])
+@pytest.mark.parametrize("template", ["chatml", "llama2", "qwen3"])
+def test_no_tokenizer_takes_written_tokens_for_control_tokens(tmp_path, kind, template):
+    model = chats.folder_of(tmp_path / "model", kind, chats.TEMPLATES[template])
+    text = Text(model)
+    plain = {"messages": chats.turns("Hi", "Ho", "And?", "So.")}
+    control = {text.control[token] for token in chats.CONTROL if token != "<unk>"}
+    expected = [i for i in fed(text, plain)[0] if i in control]
+    ids, _ = fed(text, {"messages": chats.SPECIAL})
+    assert [i for i in ids if i in control] == expected
+    for turn in chats.SPECIAL:
+        assert turn["content"].strip() in text.spell(ids)
+
+
+def test_a_seam_or_a_template_that_looks_is_a_bad_row(tmp_path):
+    seam = "{% for m in messages %}<{{ m.content }}>{{ eos_token }}{% endfor %}"
+    text = Text(chats.byte_folder(tmp_path / "a", seam))
+    assert fed(text, {"messages": chats.turns("Hi", "Ho")})
+    with pytest.raises(BadRow, match="together spell '</s>'"):
+        fed(text, {"messages": chats.turns("Hi", "/s")})
+    looks = "{% for m in messages %}{{ m.content if '</s>' in m.content else m.content | upper }}</s>{% endfor %}"
+    text = Text(chats.byte_folder(tmp_path / "b", looks))
+    with pytest.raises(BadRow, match="looks at a special token"):
+        fed(text, {"messages": chats.turns("Hi", "x</s>y")})
+
+
+def test_text_that_the_tokenizer_has_no_plain_tokens_for_is_a_bad_row(tmp_path):
+    """Words are cut at spaces, and "</s>" is a word of the vocabulary."""
+    words = {"<unk>": 0, "</s>": 1, "a": 2, "</S>": 3}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    model = chats.save(tmp_path / "model", tokenizer, chats.CHATML, ends=["</s>"])
+    dataset, text = tokenised(tmp_path, [{"text": "a a"}, {"text": "a </s> a"}], model, allow_bad=1)
+    assert [list(dataset.ids(i)) for i in range(len(dataset.rows))] == [[2, 2, 1]]
+    assert "no plain tokens for the text '</s>'" in dataset.account["bad_examples"][0]
+    with pytest.raises(UserError, match="no plain tokens"):
+        text.prompt("a </s>")
+
+
+@pytest.mark.parametrize("ask", [False, True])
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_a_prompt_of_a_chat_has_the_ids_of_transformers(tmp_path, kind, ask):
+    transformers = pytest.importorskip("transformers")
+    for template in chats.TEMPLATES:
+        model = chats.folder_of(tmp_path / template, kind, chats.TEMPLATES[template])
+        other = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+        messages = chats.turns("Hi ", "Ho", "And?")
+        assert Text(model).chat_prompt(messages) == other.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
 
 
 def test_the_template_may_lie_beside_the_tokenizer_or_be_one_of_several(tmp_path):
-    wanted = Text(chat_model(tmp_path / "a", CHATML)).chat(CHAT)
-    several = [{"name": "tools", "template": TRIMMED}, {"name": "default", "template": CHATML}]
-    assert Text(chat_model(tmp_path / "b", several)).chat(CHAT) == wanted
+    chat = {"messages": CHAT}
+    wanted = fed(Text(chat_model(tmp_path / "a", CHATML)), chat)
+    several = [{"name": "tool_use", "template": TRIMMED}, {"name": "default", "template": CHATML}]
+    assert fed(Text(chat_model(tmp_path / "b", several)), chat) == wanted
     model = chat_model(tmp_path / "c", TRIMMED)
     (model / "chat_template.jinja").write_text(CHATML)
-    assert Text(model).chat(CHAT) == wanted
+    assert fed(Text(model), chat) == wanted
+    # With tools the template of that name is taken, as by transformers.
+    named = [
+        {"name": "default", "template": TRIMMED},
+        {"name": "tool_use", "template": chats.CHATML},
+    ]
+    text = Text(chats.byte_folder(tmp_path / "d", named))
+    assert "Tools:" in text.spell(fed(text, chats.CHATS["tool"])[0])
 
 
 @pytest.mark.parametrize(
@@ -424,3 +551,365 @@ def test_a_model_without_a_template_cannot_chat(tmp_path, tiny_model):
     with pytest.raises(UserError, match="no chat template"):
         tokenised(tmp_path, [{"messages": CHAT}], tiny_model)
     assert not list((tmp_path / "cache/tokens").iterdir())
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        ("{% for m in messages %}{{ m.content }}", "line 1"),
+        ("{{ messages[0].content | no_such_filter }}", "no_such_filter"),
+        ("a\n{% no_such_tag %}", "line 2.*no_such_tag"),
+        ("{% generation %}x", "line 1"),
+        ("{{ 'x' * 10 ** 11 }}", "GB"),
+    ],
+)
+def test_a_template_that_cannot_be_read_is_one_sentence(tmp_path, template, why):
+    text = Text(chats.byte_folder(tmp_path / "model", template))
+    with pytest.raises(UserError, match=why):
+        fed(text, chats.CHATS["one"])
+
+
+FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLED = (
+    "{% set n = namespace(s='x') %}{% for a in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+)
+RECURSIVE = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}"
+
+
+@pytest.mark.parametrize(
+    "template, error, why",
+    [
+        (FOR_EVER, UserError, "0.2 s for one chat"),
+        (DOUBLED, UserError, "for one chat"),
+        ("{% set n = 9 ** messages | length %}{{ n ** n ** n }}", BadRow, "too large"),
+        ("{{ messages[0].content * 10 ** 11 }}", UserError, "GB for one chat"),
+        ("{{ messages[0].content.ljust(10 ** 11) }}", UserError, "GB for one chat"),
+        (RECURSIVE, BadRow, "recursion"),
+    ],
+)
+def test_a_template_without_end_is_stopped(tmp_path, monkeypatch, template, error, why):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "BYTES", 3 * 10**8)
+    text = Text(chats.byte_folder(tmp_path / "model", template))
+    with pytest.raises(error, match=why):
+        fed(text, chats.CHATS["one"])
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_a_named_token_that_is_null_prints_nothing(tmp_path, nothing):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    model = chats.byte_folder(tmp_path / "model", template)
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": nothing}))
+    text = Text(model)
+    assert text.spell(fed(text, chats.CHATS["one"])[0]) == (
+        "What is in a pie?</s>Apples, of course.</s>"
+    )
+
+
+def test_what_is_not_there_is_none_and_not_undefined(tmp_path):
+    template = (
+        "{% if tools is not none or documents is not none %}{{ raise_exception('tools') }}{% endif %}"
+        + chats.CHATML
+    )
+    text = Text(chats.byte_folder(tmp_path / "model", template))
+    assert fed(text, chats.CHATS["one"])
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_end_token_that_is_not_special_stays_text(tmp_path, special):
+    """In a recipe, a prompt and a turn; and no end token is written out by decode."""
+    tokenizer = chats.byte_level(vocab=256)
+    tokenizer.add_tokens(["<s>", AddedToken("</s>", special=special, normalized=False)])
+    model = chats.save(tmp_path / "model", tokenizer, CHATML, ends=["</s>"])
+    dataset, text = tokenised(tmp_path, [{"prompt": "a</s>", "completion": "</s>b"}], model)
+    end = tokenizer.token_to_id("</s>")
+    assert dataset.ids(0).tolist().count(end) == 1 and dataset.ids(0)[-1] == end
+    assert end not in text.prompt("a</s>", "</s>b")
+    ids, _ = fed(text, {"messages": chats.turns("a</s>", "</s>b")})
+    assert ids.count(end) == 2
+    assert text.decode(dataset.ids(0)) == "a</s></s>b"
+
+
+# ---- what a row says beside its text ----
+
+
+def row(*turns, **more):
+    return {"messages": list(turns), **more}
+
+
+USER = {"role": "user", "content": "Hi"}
+SAID = {"role": "assistant", "content": "Ho"}
+
+
+@pytest.mark.parametrize(
+    "bad, why",
+    [
+        (
+            row(USER, {**SAID, "content": "", "tool_calls": [chats.CALL]}),
+            "does not print `tool_calls`",
+        ),
+        (row(USER, SAID, tools=[chats.TOOL]), "does not print `tools`"),
+        (row(USER, SAID, tools="[{]"), "`tools` is no JSON"),
+        (row(USER, SAID, tools={"a": 1}), "`tools` is no list of objects"),
+        (row(USER, SAID, documents=[{"title": "a", "text": "b"}]), "does not print `documents`"),
+        (row(USER, SAID, functions=[chats.TOOL]), "`functions` beside"),
+        (row(USER, SAID, images=["a.png"]), "`images` beside"),
+        (row(USER, SAID, system="Be kind."), "`system` beside"),
+        (row(USER, {**SAID, "weight": 0}), "weight of 1"),
+        (row(USER, {**SAID, "weight": 0.5}), "`weight` is 0.5"),
+        (row(USER, {**SAID, "weight": True}), "`weight` is True"),
+        (row(USER, {**SAID, "train": False}, SAID), None),
+        (row(USER, {**SAID, "train": True}), "does not print `train`"),
+        (row(USER, {**SAID, "reasoning_content": "Hm."}), "does not print `reasoning_content`"),
+        (row(USER, {"role": "assistant"}), "`content` is missing"),
+        (row(USER, {"role": "assistant", "content": None}), "`content` is missing"),
+        (row(USER, {**SAID, "content": [{"type": "text", "text": "Ho"}]}), "`content` is no text"),
+        (row({**USER, "tool_calls": [chats.CALL]}, SAID), "in a turn of the user"),
+        (row(USER, {**SAID, "content": "\U00100000"}), "private planes"),
+        (row(USER, {**SAID, "name": "\ud800"}), "surrogate"),
+        (row(USER, SAID, chat_template_kwargs=3), "`chat_template_kwargs` is no object"),
+    ],
+)
+def test_what_a_row_says_beside_its_text_is_honoured_or_refused(tmp_path, bad, why):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    text = Text(chats.byte_folder(tmp_path / "model", template))
+    if why is None:
+        assert fed(text, bad)
+        return
+    with pytest.raises(BadRow, match=re.escape(why)):
+        fed(text, bad)
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path):
+    text = Text(chats.byte_folder(tmp_path / "model", chats.CHATML))
+    generation = Text(chats.byte_folder(tmp_path / "other", chats.GENERATION))
+    for one in (text, generation):
+        messages = chats.turns("Hi", "Ho", "And?", "So.")
+        ids, both = fed(one, {"messages": messages})
+        messages[1]["weight"] = 0
+        same, second = fed(one, {"messages": messages})
+        assert same == ids
+        said = "".join(one.spell([i]) for i, target in zip(ids, second, strict=True) if target)
+        assert said == "So.<|im_end|>" and sum(both) > sum(second)
+
+
+def test_null_is_as_good_as_nothing(tmp_path):
+    """As transformers does: null content beside a call, null calls, null tools."""
+    text = Text(chats.byte_folder(tmp_path / "model", chats.QWEN3))
+    call = {"role": "assistant", "content": None, "tool_calls": [chats.CALL], "name": None}
+    ids, _ = fed(text, row(USER, call, tools=None))
+    same, _ = fed(text, row(USER, {**call, "content": ""}))
+    assert ids == same and "None" not in text.spell(ids)
+    assert fed(text, row(USER, {**SAID, "tool_calls": None})) == fed(text, row(USER, SAID))
+
+
+def test_tools_may_be_a_json_text_and_settings_reach_the_template(tmp_path):
+    text = Text(chats.byte_folder(tmp_path / "model", chats.LLAMA3))
+    tool = chats.CHATS["tool"]
+    assert fed(text, tool) == fed(text, {**tool, "tools": json.dumps(tool["tools"])})
+    dated = row(USER, SAID, chat_template_kwargs={"date_string": "1 May 1900"})
+    assert "Today Date: 1 May 1900" in text.spell(fed(text, dated)[0])
+
+
+def test_chats_that_differ_beside_their_words_are_no_duplicates():
+    one = row(USER, {**SAID, "tool_calls": [chats.CALL]})
+    other = row(USER, {**SAID, "tool_calls": [{**chats.CALL, "id": "7"}]})
+    weighted = row(USER, {**SAID, "weight": 1})
+    plain = row(USER, SAID)
+    keys = [recipes.key(rows.parse(r)) for r in (one, other, weighted, plain, plain)]
+    assert len(set(keys)) == 4
+    assert [rows.parse(recipes.row_of(rows.parse(r))).chat for r in (one, weighted)] == [
+        rows.parse(r).chat for r in (one, weighted)
+    ]
+
+
+@pytest.mark.parametrize("flag", ["data", "val_data"])
+def test_a_row_without_a_target_is_bad_before_the_first_step(tmp_path, tiny_model, flag):
+    good, empty = made_recipes(8), [{"text": ""}]
+    files = {
+        name: [str(write_jsonl(tmp_path / f"{name}.jsonl", good + empty * (name == flag)))]
+        for name in ("data", "val_data")
+    }
+    cfg = Data(**files, cache=str(tmp_path / "cache"), clean=False, allow_bad=0)
+    with pytest.raises(UserError, match=rf"{flag}.jsonl:9: it has no token to learn"):
+        data.prepare(cfg, Rules(), tiny_model)
+
+
+def test_fields_that_are_not_used_are_counted_by_name(tmp_path, tiny_model):
+    made = [{**r, "cuisine": "x", "source": "y"} for r in made_recipes(5)]
+    dataset, _ = tokenised(tmp_path, [*made, {"text": "Boil it.", "rating": 5}], tiny_model)
+    assert dataset.account["unused"] == {"cuisine": 5, "rating": 1}
+
+
+# ---- ids that the model has no embedding for ----
+
+
+def test_ids_beyond_the_embedding_are_named(tmp_path, tiny_model):
+    model = make_model(tmp_path / "model", eos_token_id=1)
+    have = json.loads((model / "config.json").read_text())["vocab_size"]
+
+    def smaller(by, **config):
+        changed = {**json.loads((model / "config.json").read_text()), "vocab_size": have - by}
+        (model / "config.json").write_text(json.dumps(changed | config))
+        return Text(model)
+
+    text = smaller(1)
+    word = text.tokenizer.id_to_token(have - 1).replace("Ġ", " ")
+    assert text.encode([word]) == [[have - 1]]  # the last word of the vocabulary
+    with pytest.raises(
+        UserError, match=f"is token {have - 1}, and the model has embeddings for {have - 1}"
+    ):
+        text.prompt(word)
+    assert text.prompt("a b")  # a vocabulary may be larger, if nothing of it occurs
+    dataset, _ = tokenised(tmp_path, [{"text": "a b"}, {"text": word}], model, allow_bad=1)
+    assert (dataset.account["kept"], dataset.account["bad"]) == (1, 1)
+    assert "has embeddings for" in dataset.account["bad_examples"][0]
+    (model / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="the end token cannot be used"):
+        smaller(1, eos_token_id=have - 1 + 1)
+
+
+def test_a_templates_token_beyond_the_embedding_makes_a_bad_row(tmp_path):
+    model = chats.byte_folder(
+        tmp_path / "model", "{% for m in messages %}{{ m.content }}</s><|new|>{% endfor %}"
+    )
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|new|>"}))
+    with pytest.raises(BadRow, match=r"'<\|new\|>' is token"):
+        fed(Text(model), chats.CHATS["one"])
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("config.json", {"eos_token_id": "2"}, "eos_token_id is '2'"),
+        ("config.json", {"eos_token_id": [1, -1]}, "eos_token_id is"),
+        ("config.json", {"max_position_embeddings": "16"}, "max_position_embeddings is '16'"),
+        ("config.json", {"vocab_size": 0.5}, "vocab_size is 0.5"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id is True"),
+        ("generation_config.json", [], "cannot be read|no end token"),
+        ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens"),
+        ("tokenizer_config.json", {"new_trick": 3}, "the key new_trick = 3"),
+        ("tokenizer_config.json", {"chat_template": 3}, "is no text but 3"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": 3}}, "cannot be read"),
+        ("added_tokens.json", {"<new>": 9000}, "'<new>' is token 9000, but"),
+        ("special_tokens_map.json", "no", "cannot be read"),
+    ],
+)
+def test_a_key_that_cannot_be_used_is_named(tmp_path, name, content, why):
+    model = make_model(tmp_path / "model", eos_token_id=None)
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=why):
+        Text(model)
+
+
+def test_named_tokens_of_the_older_files_count_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(tmp_path / "model", eos_token_id=None)
+    (model / "tokenizer_config.json").write_text('{"eos_token": "<s>", "model_max_length": 5}')
+    (model / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+    assert Text(model).end == other.eos_token_id == 1
+    (model / "tokenizer_config.json").write_text('{"eos_token": "<s>", "added_tokens_decoder": {}}')
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+    assert Text(model).end == other.eos_token_id == 0
+
+
+# ---- the checks before training ----
+
+
+def checked(tmp_path, model, messages):
+    dataset, text = tokenised(tmp_path, [{"messages": m} for m in messages], model, allow_bad=0)
+    dataset.indices = np.arange(len(dataset.rows))
+    dataset.account["dropped"]["max_len"] = 0
+    check_targets(dataset, text, Data())
+
+
+TWO = chats.turns("Hi", "Ho", "And?", "So.")
+
+
+@pytest.mark.parametrize("template", chats.TEMPLATES)
+@pytest.mark.parametrize("bos", [False, True])
+def test_every_right_layout_of_chats_passes_the_checks(tmp_path, capsys, template, bos):
+    tokenizer = chats.byte_level(vocab=256)
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in chats.CONTROL])
+    if bos:
+        chats.with_bos(tokenizer)
+    model = chats.save(tmp_path / "model", tokenizer, chats.TEMPLATES[template])
+    checked(tmp_path, model, [TWO])
+    said = capsys.readouterr().err
+    assert "an end token ends 1 of 1 rows" in said
+    if bos:
+        prints_one = template in ("mistral", "r1", "gemma")
+        assert ("BOS: exactly one" in said) == prints_one
+        assert ("1 hold several" in said) == (template == "llama2")
+    else:
+        assert "BOS: this tokenizer has none" in said
+
+
+def test_bos_may_be_the_end_token(tmp_path, capsys):
+    tokenizer = chats.byte_level(vocab=256)
+    tokenizer.add_tokens([AddedToken("</s>", special=True, normalized=False)])
+    chats.with_bos(tokenizer, "</s>")
+    model = chats.save(tmp_path / "model", tokenizer, chats.LLAMA2, ["</s>"], bos_token="</s>")
+    checked(tmp_path, model, [TWO])
+    dataset, text = tokenised(tmp_path, made_recipes(3), model)
+    dataset.account["dropped"]["max_len"] = 0
+    check_targets(dataset.using(np.arange(3)), text, Data())
+    assert "is an end token, too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        ("{{ bos_token }}<s>" + chats.CHATML, "two BOS tokens in a row"),
+        (chats.CHATML.replace("<|im_end|>", "[/INST]"), r"but in '\\n'.*would not learn to stop"),
+    ],
+)
+def test_a_wrong_layout_is_found(tmp_path, template, why):
+    tokenizer = chats.byte_level(vocab=256)
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in chats.CONTROL])
+    model = chats.save(tmp_path / "model", chats.with_bos(tokenizer), template)
+    with pytest.raises(UserError, match=why):
+        checked(tmp_path, model, [TWO])
+
+
+# ---- identity is content ----
+
+
+def test_a_file_that_changed_and_kept_size_and_time_is_tokenised_again(tmp_path, tiny_model, reads):
+    cfg = data_config(tmp_path, [{"text": "Boil an egg."}, {"text": "Fry an egg."}])
+    file = Path(cfg.data[0])
+    before = data.load_dataset(cfg.data, "--data", cfg, Rules(), Text(tiny_model))
+    stat = os.stat(file)
+    file.write_bytes(file.read_bytes().replace(b"an egg", b"a herb"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert os.stat(file).st_size == stat.st_size
+    after = data.load_dataset(cfg.data, "--data", cfg, Rules(), Text(tiny_model))
+    assert len(reads) == 2 and before.ids(0).tolist() != after.ids(0).tolist()
+
+
+def test_another_template_of_the_same_length_is_other_data(tmp_path):
+    made = [{"messages": chats.turns(f"Hi {n}", "Ho")} for n in range(6)]
+    prints = []
+    for name, word in (("a", "cook"), ("b", "chef")):
+        template = chats.CHATML.replace("+ message.role +", f"+ '{word}' +")
+        model = chats.byte_folder(tmp_path / name, template)
+        cfg = data_config(tmp_path, made)
+        dataset, held, _ = data.prepare(cfg, Rules(), model)
+        prints.append((data.fingerprint(dataset, held), dataset.rows["length"].tolist()))
+    assert prints[0][1] == prints[1][1] and prints[0][0] != prints[1][0]
+
+
+def test_show_as_json_is_what_the_model_is_fed(tmp_path):
+    model = chats.byte_folder(tmp_path / "model", chats.CHATML)
+    made = [{"messages": TWO}, {"prompt": "a", "completion": "b"}]
+    file = write_jsonl(tmp_path / "rows.jsonl", made)
+    flags = ["--data", file, "--model", model, "--cache", tmp_path / "cache", "--no-clean"]
+    done = program("data.py", *flags, "--show", 9, "--json", "--mask_prompt")
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first["ids"], first["targets"] == fed(Text(model), made[0])
+    assert (second["text"], second["targets"]) == ("ab</s>", [0, 1, 1])
+    assert first.keys() == {"text", "ids", "targets"}
