@@ -13,6 +13,7 @@ from cli import Progress, UserError, ahead, say
 import contextlib
 import hashlib
 import json
+import shutil
 import tempfile
 from array import array
 from dataclasses import asdict
@@ -283,8 +284,10 @@ def tokenise(files, data_cfg, rules, text, held=()):
         rules = None
     name = cache_key(files, held, rules, text, data_cfg.allow_bad)
     folder = disk.cache_folder(data_cfg.cache) / "tokens" / name
-    if folder.exists():
+    if is_whole(folder):
         return folder
+    # Only a broken disk or another program leaves a part of a folder.
+    shutil.rmtree(folder, ignore_errors=True)
     account = recipes.Account()
     kept = recipes.clean(files, rules, account, data_cfg.allow_bad, held)
     kept = Progress(None, "tokenise").over(kept)
@@ -303,6 +306,17 @@ def tokenise(files, data_cfg, rules, text, held=()):
         with contextlib.suppress(OSError):
             part.rename(folder)
     return folder
+
+
+def is_whole(folder):
+    """Whether a folder of the cache has its three files, and tokens.bin all tokens that rows.bin tells of."""
+    try:
+        json.loads((folder / "account.json").read_bytes())
+        rows = np.fromfile(folder / "rows.bin", dtype=ROW)
+        tokens = (folder / "tokens.bin").stat().st_size // 4  # four bytes a token
+    except (OSError, ValueError):
+        return False
+    return int(rows["length"].sum()) == tokens
 
 
 def cache_key(files, held, rules, text, allow_bad):

@@ -891,6 +891,18 @@ def test_a_file_that_changed_and_kept_size_and_time_is_tokenised_again(tmp_path,
     assert len(reads) == 2 and before.ids(0).tolist() != after.ids(0).tolist()
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "rows.bin", "account.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_half_a_cache_is_made_again(tmp_path, tiny_model, reads, name, damage):
+    cfg = data_config(tmp_path, made_recipes(9))
+    files, text = [Path(cfg.data[0])], Text(tiny_model)
+    whole = {f.name: f.read_bytes() for f in tokenise(files, cfg, Rules(**OPEN), text).iterdir()}
+    path = tmp_path / "cache/tokens" / cached(tmp_path)[0] / name
+    path.unlink() if damage == "gone" else path.write_bytes(whole[name][:-20])
+    folder = tokenise(files, cfg, Rules(**OPEN), text)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == whole and len(reads) == 2
+
+
 def test_another_template_of_the_same_length_is_other_data(tmp_path):
     made = [{"messages": chats.turns(f"Hi {n}", "Ho")} for n in range(6)]
     prints = []
