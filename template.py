@@ -65,7 +65,7 @@ class Template:
         # Any control token; the longest first, because one may contain another.
         self.control = re.compile("|".join(map(re.escape, self.alias)) or "(?!)")
         self.text_of = {alias: text for text, alias in self.alias.items()}
-        # {name: (compiled template, the words in it that may be names of a turn's keys)}
+        # {name: (compiled template, the words in it that may be names of a turn's keys, the variables that it reads)}
         self.compiled = self.compile()
 
     def compile(self):
@@ -74,8 +74,7 @@ class Template:
             try:
                 with self.bounded():
                     box = sandbox()
-                    names = names_in(box, source)
-                    found[name] = (box.from_string(source), names)
+                    found[name] = (box.from_string(source), *names_in(box, source))
             except UserError:
                 raise
             # Catch every Exception, because a template is code that may fail in any way.
@@ -87,7 +86,7 @@ class Template:
         return found
 
     def pick(self, more):
-        """(template, names in it): transformers takes the template "tool_use", where there is one, for tools."""
+        """What `compile` found of the right template. As in transformers "tool_use" is the one for tools, if there is one."""
         name = "tool_use" if "tools" in more and "tool_use" in self.compiled else "default"
         return self.compiled[name]
 
@@ -104,7 +103,7 @@ class Template:
 
     def render(self, messages, more, ask=False):
         """The text of a conversation as transformers prints it, with marks where the template marks the assistant."""
-        template, _ = self.pick(more)
+        template, _, _ = self.pick(more)
         turns = [for_template(turn) for turn in messages]
         given = {"tools": None, "documents": None, **self.named, **more}
         given |= given.pop("chat_template_kwargs", {})
@@ -172,8 +171,10 @@ class Template:
         self.check_calls(messages, more, text, ask)
 
     def check_keys(self, messages, more):
-        """Raise BadRow for a key of a turn that no word in the template asks for."""
-        _, names = self.pick(more)
+        """Raise BadRow for a key of a turn, or of chat_template_kwargs, that no word in the template asks for."""
+        _, names, variables = self.pick(more)
+        for key in more.get("chat_template_kwargs", {}).keys() - variables:
+            raise BadRow(f"the chat template does not read `{key}` of `chat_template_kwargs`")
         if names.intersection(REASONING):
             names = names.union(REASONING)
         for turn in messages:
@@ -282,13 +283,13 @@ def sandbox():
 
 
 def names_in(box, source):
-    """Every name, attribute and short text in a template: "reasoning_content" of message.reasoning_content, say."""
-    from jinja2 import nodes
+    """(every attribute and text in a template, "reasoning_content" say; every variable that it is given)"""
+    from jinja2 import meta, nodes
 
     tree = box.parse(source)
     found = {node.attr for node in tree.find_all(nodes.Getattr)}
     found |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return found
+    return found, meta.find_undeclared_variables(tree)
 
 
 def for_template(turn):

@@ -669,6 +669,7 @@ SAID = {"role": "assistant", "content": "Ho"}
         (row(USER, {**SAID, "content": "\U00100000"}), "private planes"),
         (row(USER, {**SAID, "name": "\ud800"}), "surrogate"),
         (row(USER, SAID, chat_template_kwargs=3), "`chat_template_kwargs` is no object"),
+        (row(USER, SAID, chat_template_kwargs={"thinking": True}), "does not read `thinking`"),
     ],
 )
 def test_what_a_row_says_beside_its_text_is_honoured_or_refused(tmp_path, bad, why):
