@@ -86,7 +86,7 @@ class Template:
         return found
 
     def pick(self, more):
-        """What `compile` found of the right template. As in transformers "tool_use" is the one for tools, if there is one."""
+        """What `compile` found of the right template: "tool_use" for tools, if there is one, as in transformers."""
         name = "tool_use" if "tools" in more and "tool_use" in self.compiled else "default"
         return self.compiled[name]
 
