@@ -13,7 +13,6 @@ from cli import UserError, say
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
