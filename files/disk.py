@@ -17,6 +17,7 @@ A program that is killed while it writes leaves the old file or the new one, nev
 from cli import UserError
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -203,6 +204,18 @@ def user_path(name, flag):
         user, _, _ = name.partition("/")
         raise UserError(f"{flag} {name}: there is no user and no file {user}; name another path.")
     return path
+
+
+def at_home(config, *names):
+    """A dataclass of flags, of which those named, paths or lists of paths, went through user_path."""
+    changes = {}
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, list):
+            changes[name] = [user_path(item, f"--{name}") for item in value]
+        else:
+            changes[name] = user_path(value, f"--{name}")
+    return dataclasses.replace(config, **changes)
 
 
 def program():
