@@ -375,8 +375,7 @@ def about(job, rules):
     return {
         "config": flags_of(job.cfg, job.data_cfg),
         "rules": asdict(rules),
-        "base": str(job.base),
-        "base_fingerprint": disk.fingerprint(job.base),
+        **disk.about_model(job.base),
         "data_fingerprint": data.fingerprint(job.dataset, job.held),
         "dtype": str(model.embed_tokens.weight.dtype),
         "arithmetic": str(model.stream_dtype or torch.float32),

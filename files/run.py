@@ -65,6 +65,7 @@ OF_A_STEP = ["loss", "lr", "grad_norm", "tokens_per_s", "padding"]
 # The keys of run.json that a resume must find unchanged: {key: its name in an error}.
 IDENTITY = {
     "base_fingerprint": "base model",
+    "base_tensors": "base model (a tensor of its)",
     "data_fingerprint": "data",
     "dtype": "dtype of the weights",
     "arithmetic": "dtype of the arithmetic (--dtype)",

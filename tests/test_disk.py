@@ -243,6 +243,37 @@ def test_a_fingerprint_is_the_same_in_every_version_of_the_program(tmp_path):
     assert fingerprint(tmp_path) == "1a3c07ce61349d2b"
 
 
+def test_an_exchanged_tensor_between_two_samples_is_noticed(tmp_path, monkeypatch):
+    """A shard of 9 MB has samples every 140 kB. A tensor of 32 kB between two of them is another one."""
+    monkeypatch.setattr(disk, "SAMPLE_BYTES", 4096)
+    tensors = {name: torch.ones(n) for name, n in (("a", 10**6), ("b", 8192), ("c", 1248576))}
+    (tmp_path / "config.json").write_text("{}")
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    before = disk.about_model(tmp_path)
+    tensors["b"] = tensors["b"] * 2
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    after = disk.about_model(tmp_path)
+    assert after["base_fingerprint"] == before["base_fingerprint"]
+    assert after["base_tensors"] != before["base_tensors"]
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "config"])
+def test_other_tensors_have_another_hash(tmp_path, change):
+    model = make_model(tmp_path / "model")
+    before = disk.tensor_samples(model)
+    CHANGES[change](model)
+    assert disk.tensor_samples(model) != before
+
+
+def test_a_copied_folder_has_the_same_tensors_and_junk_is_passed_over(tmp_path):
+    model = make_model(tmp_path / "model")
+    before = disk.tensor_samples(model)
+    shutil.copytree(model, tmp_path / "copy")
+    (tmp_path / "copy/state.safetensors").write_bytes(b"anything")
+    (tmp_path / "copy/z.safetensors").write_bytes(b"")
+    assert disk.tensor_samples(tmp_path / "copy") == before
+
+
 # ---- the lock and the cache folder ----------------------------------------------------------------------------------
 
 HOLDER = """import sys, time

@@ -776,6 +776,7 @@ def test_a_state_that_holds_no_number_is_refused_by_the_tensors_name(saved, name
 
 SAME = {
     "base_fingerprint": "a",
+    "base_tensors": "t",
     "data_fingerprint": "b",
     "dtype": "torch.float32",
     "arithmetic": "torch.float32",
