@@ -15,7 +15,6 @@ from cli import UserError, say
 import contextlib
 import itertools
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +30,7 @@ import quality
 import quant
 from data import Data
 from files import disk, hub, pictures, weights
-from files.run import Facts, Run, Stop, refuse_other_flags, started_with
+from files.run import Facts, Run, Stop, check_out, refuse_other_flags, started_with
 from recipes import Rules
 from speed import checkpoint, compiled, graphs, loss, memory, offload, optim, precision
 from text import check_targets
@@ -68,8 +67,8 @@ class Config:
     warmup_steps: int = 5              # optimiser steps in which the learning rate rises to --lr
     weight_decay: float = 0.0          # weight decay of AdamW
     grad_clip: float = 1.0             # clip the norm of the gradient to this number; 0: no clipping
-    max_steps: int = 60                # optimiser steps to train for; 0: train for --epochs passes instead
-    epochs: int = 1                    # passes over the training recipes; used with --max_steps 0
+    max_steps: int | None = None       # optimiser steps; none: 60, or all of --epochs if given; 0: --epochs decides
+    epochs: int | None = None          # passes over the training recipes (none: 1), where --max_steps is none or 0
     patience: int = 0                  # stop after this many evaluations without a lower val_loss; 0: never
     # --- watching ---
     eval_every: int = 30               # optimiser steps between evaluations on the held-out recipes
@@ -80,6 +79,7 @@ class Config:
 def check(cfg, data_cfg):
     """Out-of-range flags, said before anything is loaded."""
     data.check(data_cfg)
+    optim.check_length(cfg.max_steps, cfg.epochs)
     cli.bound(
         cfg,
         lora_r=0,
@@ -90,8 +90,6 @@ def check(cfg, data_cfg):
         warmup_steps=0,
         weight_decay=(0, 1),
         grad_clip=0,
-        max_steps=0,
-        epochs=1,
         patience=0,
         eval_every=1,
         save_every=1,
@@ -142,9 +140,9 @@ class Built:
         """With --lora_r 0 torch's autocast, which casts the fp32 weights for each product; else nothing.
 
         A model with an adapter casts by itself: `build` gave it a stream_dtype, and its frozen weights have theirs."""
-        if self.model.stream_dtype is not None or self.compute == torch.float32:
+        if self.model.stream_dtype is not None:
             return contextlib.nullcontext()
-        return torch.autocast(self.model.frequencies.device.type, self.compute)
+        return precision.autocast(self.model.frequencies.device, self.compute)
 
     def forward_backward(self, ids, where, targets, scale, cu_seqlens):
         """Add the gradients of scale * loss to those that are there. -> scale * loss"""
@@ -269,20 +267,7 @@ def adapter_settings(cfg):
     )
 
 
-# --- 2. the schedule: a pure function of the step ---
-
-
-def lr_at(step, total, cfg):
-    """Learning rate of step 1, 2, … total: linear warm-up, then half a cosine. It is above 0 at every step.
-
-    lr 1, warmup_steps 3, total 7: 0.25, 0.5, 0.75, then 1, 0.85, 0.5, 0.15."""
-    if step <= cfg.warmup_steps:
-        return cfg.lr * step / (cfg.warmup_steps + 1)
-    done = (step - 1 - cfg.warmup_steps) / max(1, total - cfg.warmup_steps)
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(1, done)))
-
-
-# --- 3. what the functions below share ---
+# --- 2. what the functions below share ---
 
 
 @dataclass
@@ -313,7 +298,7 @@ class Job:
     title: str = ""  # of the recipe that is written before and after
 
 
-# --- 4. evaluation ---
+# --- 3. evaluation ---
 
 
 def evaluate(job):
@@ -338,7 +323,7 @@ def write_recipe(job):
             quality.show_recipe(model, job.text, job.title, job.data_cfg.seed)
 
 
-# --- 5. saving, and going on ---
+# --- 4. saving, and going on ---
 
 
 def save(job, where=""):
@@ -349,7 +334,8 @@ def save(job, where=""):
         base = job.data_cfg.model or hub.DEFAULT_MODEL
         lora.save(folder, job.built.params, base, adapter_settings(job.cfg))
     else:
-        weights.save_model(folder, job.built.params, job.base)
+        # The run's folder has the base's other files (Run.keep), even if the base is gone by now.
+        weights.save_model(folder, job.built.params, job.run.folder)
 
 
 def save_all(job):
@@ -362,9 +348,12 @@ def parse_flags():
     """(Config, Data, Rules) of the command line. A resume has those that its run was started with."""
     cfg, data_cfg, rules = cli.parse(__doc__, Config, Data, Rules)
     if cfg.resume:
-        old = started_with(cfg.out)
+        defaults = {**flags_of(Config(), Data()), **asdict(Rules())}
+        old = started_with(cfg.out, asdict(cfg), defaults)
         cfg, data_cfg, rules = cli.parse(__doc__, Config, Data, Rules, defaults=old)
         refuse_other_flags(old, {**flags_of(cfg, data_cfg), **asdict(rules)})
+    cfg = disk.at_home(cfg, "out", "init_adapter")
+    data_cfg = disk.at_home(data_cfg, "model", "data", "val_data")
     return cfg, data_cfg, rules
 
 
@@ -375,8 +364,7 @@ def flags_of(cfg, data_cfg):
 def find_base(cfg, data_cfg):
     """The base model's folder. A model that is no Llama is refused here, before the recipes are read."""
     base = hub.resolve(data_cfg.model, disk.cache_folder(data_cfg.cache))
-    if base.resolve() == Path(cfg.out).resolve():
-        raise UserError(f"--model {base} is the --out folder too: name another --out.")
+    check_out(cfg.out, cfg.resume, data_cfg.model, base, data_cfg.data + data_cfg.val_data)
     models.read_config(base)
     return base
 
@@ -387,8 +375,7 @@ def about(job, rules):
     return {
         "config": flags_of(job.cfg, job.data_cfg),
         "rules": asdict(rules),
-        "base": str(job.base),
-        "base_fingerprint": disk.fingerprint(job.base),
+        **disk.about_model(job.base),
         "data_fingerprint": data.fingerprint(job.dataset, job.held),
         "dtype": str(model.embed_tokens.weight.dtype),
         "arithmetic": str(model.stream_dtype or torch.float32),
@@ -397,7 +384,7 @@ def about(job, rules):
     }
 
 
-# --- 6. the run ---
+# --- 5. the run ---
 
 
 def set_up():
@@ -412,8 +399,9 @@ def set_up():
 
     base = find_base(cfg, data_cfg)
     dataset, held, text = data.prepare(data_cfg, rules, base)
-    total = cfg.max_steps or data.count_steps(dataset, data_cfg, cfg.grad_accum, cfg.epochs)
-    say("data", f"{data.sizes(dataset, held)}, {total} steps")
+    steps_of = partial(data.count_steps, dataset, data_cfg, cfg.grad_accum)
+    total, why = optim.how_many_steps(cfg.max_steps, cfg.epochs, steps_of)
+    say("data", f"{data.sizes(dataset, held)}, {total} steps ({why})")
     check_targets(dataset, text, data_cfg)
     data.say_small(dataset, data_cfg, cfg.grad_accum)
 
@@ -445,6 +433,8 @@ def set_up():
         if cfg.resume:
             job.facts = job.run.go_on(info, optimizer, built.params, total)
             job.scale = precision.LossScale(built.compute, job.facts.loss_scale)
+        if not cfg.lora_r:
+            job.run.keep(base, weights.BESIDE_WEIGHTS)
         job.run.write_about(info)
     return job
 
@@ -485,8 +475,8 @@ def one_step(job, batches, lr):
         scaled = built.forward_backward(b.ids, b.where, b.targets, share, b.cu_seqlens)
         total += scaled / scale.value
     built.meter.launched()
-    # Only at the first step: each trained tensor must have got a gradient.
-    job.watch.check(built.model, scale.used)
+    # Only at the first step: backward must have reached each trained tensor.
+    job.watch.check(built.model)
     # Here the gradients are divided by the loss scale, then clipped.
     norm = optim.clip(built.trained, scale.value, job.cfg.grad_clip)
     # Only fp16: an inf or nan among the gradients shows in their norm. Leave this step out, or AdamW would write nan.
@@ -516,7 +506,7 @@ def main():
             if stop.signal:
                 break
             meter.begin()
-            lr = lr_at(facts.step + 1, facts.total, cfg)
+            lr = optim.lr_at(facts.step + 1, facts.total, cfg.lr, cfg.warmup_steps)
             loss_now, norm, overflowed = one_step(job, batches, lr)
             speed = meter.end(batches, bar.line)
             # A step that fp16 left out counts, too: its batches are used up, and the schedule goes on.
@@ -590,8 +580,8 @@ def after_training(job):
         "val_loss_after": facts.val,
         **meter.summary(),
     }
-    job.run.write_json("summary.json", summary)
-    print(json.dumps({key: summary[key] for key in RESULT}))
+    job.run.write_json("summary.json", disk.finite(summary))
+    print(disk.json_line({key: summary[key] for key in RESULT}))
     say("saved", f"{job.run.folder}: try `python sample.py --run {job.cfg.out}`")
 
 

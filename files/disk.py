@@ -6,19 +6,25 @@
     held = lock(folder)                    # one process owns the folder until that process ends
     fingerprint(model_folder)              # tells two models apart in a fraction of a second
     cache_folder(".cache")                 # beside the code, unless the path is absolute
+    program()                              # tells two versions of this program apart
 
 A program that is killed while it writes leaves the old file or the new one, never half a file:
 
-    killed while writing .run.json.42.part     run.json is still the old one
-    killed after the rename                    run.json is the new one, all of it on the disk
+    killed while writing .run.json.5f0c9a1e.part     run.json is still the old one
+    killed after the rename                          run.json is the new one, all of it on the disk
 """
 
+from cli import UserError
+
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import secrets
 from pathlib import Path
 
 try:
@@ -38,22 +44,44 @@ NO_WEIGHTS_OF_A_MODEL = ("state.safetensors", "adapter_model.safetensors")
 SAMPLES = 65
 SAMPLE_BYTES = 65536
 
+# Of each tensor three places are read, each this long.
+TENSOR_BYTES = 16384
+
+
+# What `atomic` calls a file that is being written.
+PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a path beside `path` to write to. Sync and rename that file at the end; remove it after an error."""
+    """Yield a path beside `path` to write to. Sync and rename that file at the end; remove it after an error.
+
+    The path has a random name. The number of the process would not do: two containers that share a volume both have a
+    process 1, and so has the container that died here yesterday."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield beside
         # Sync the content before the rename, because a power cut could else leave the new name on an empty file.
-        sync(beside)
-        set_usual_mode(beside)
-        os.replace(beside, path)
-        # Sync the folder, too, because the folder holds the name.
-        sync(path.parent)
+        put_in_place(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def put_in_place(beside, path):
+    """Sync a finished file and rename it to `path`."""
+    sync(beside)
+    set_usual_mode(beside)
+    os.replace(beside, path)
+    # Sync the folder, too, because the folder holds the name.
+    sync(path.parent)
+
+
+def remove_parts(folder):
+    """Remove what killed programs left half-written in a folder. Only the owner of the folder may do so."""
+    for path in Path(folder).glob(".*.part"):
+        if PART.fullmatch(path.name):
+            path.unlink()
 
 
 def sync(path):
@@ -72,9 +100,37 @@ def set_usual_mode(path):
 
 
 def write_json(path, value):
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Write a value as strict JSON. A nan or inf, for which JSON has no word, raises UserError."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(
+            f"{path} is not written, because it would hold a number that is nan or infinite."
+        ) from None
     with atomic(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        # A file name that is no UTF-8 has lone surrogates in Python. Here "\udce9" is written as JSON's own escape.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def finite(value):
+    """The value (numbers, texts, lists, dicts) with None in the place of each nan and inf, so that it is JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def json_line(value):
+    """A value as one line of strict ASCII JSON, with null in the place of each nan and inf."""
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def parse_json(text):
+    """The value of a JSON text. NaN and Infinity, which earlier versions of this program wrote, become None."""
+    return json.loads(text, parse_constant=lambda name: None)
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -114,8 +170,9 @@ def lock(folder):
 def fingerprint(folder):
     """A hash that tells model folders apart, of config.json and of each shard's size and 65 samples of 64 kB.
 
-    The first sample is a shard's begin, the last its end. Samples are enough, because a fine-tune changes weights
-    everywhere: 16 GB in 4 shards need 17 MB of reading. A change of one weight on purpose may go unnoticed."""
+    The first sample is a shard's begin, the last its end. Samples are enough for a fine-tune, which changes weights
+    everywhere: 16 GB in 4 shards need 17 MB of reading. Between two samples a whole tensor may lie, so a run compares
+    `tensor_samples` too. This hash stays as it is, because runs of all versions of this program have it."""
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in sorted(folder.glob("*.safetensors")):
@@ -145,6 +202,82 @@ def add_samples(digest, shard):
             digest.update(f.read(SAMPLE_BYTES))
 
 
+def tensor_samples(folder):
+    """A hash of each shard's header, and of the begin, middle and end of each tensor: 16 kB of each place.
+
+    So an exchanged tensor is always noticed. All bytes are not read, because 70B would be read from the disk twice, 140
+    GB each time. 8B needs 14 MB of reading. A change of some numbers inside a tensor may go unnoticed."""
+    digest = hashlib.sha256()
+    for shard in sorted(Path(folder).glob("*.safetensors")):
+        if shard.name not in NO_WEIGHTS_OF_A_MODEL:
+            # A file that is no safetensors is none of the model's weights: they were loaded before.
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                add_tensors(digest, shard)
+    return digest.hexdigest()[:16]
+
+
+def add_tensors(digest, shard):
+    """One shard's part of `tensor_samples`: 8 bytes are the length of the header, which lists the tensors."""
+    with open(shard, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        # No header is longer than its file.
+        header = f.read(min(length, shard.stat().st_size))
+        digest.update(header)
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for tensor in tensors.values():
+            begin, end = tensor["data_offsets"]
+            for start in (begin, (begin + end) // 2, end - TENSOR_BYTES):
+                first = max(begin, start)
+                f.seek(8 + length + first)
+                digest.update(f.read(min(TENSOR_BYTES, end - first)))
+
+
+def about_model(folder):
+    """What run.json says of a base model: where it lies, and two hashes that tell it from others."""
+    return {
+        "base": str(folder),
+        "base_fingerprint": fingerprint(folder),
+        "base_tensors": tensor_samples(folder),
+    }
+
+
 def cache_folder(cache):
     """The folder that --cache names: beside the code, unless the path is absolute."""
-    return ROOT / cache
+    return ROOT / user_path(cache, "--cache")
+
+
+def user_path(name, flag):
+    """The path that a flag names, with the home folder in the place of ~ or ~user.
+
+    A shell does so itself, but not inside quotes and not in --out=~/x. A file here that is called ~ stays that file."""
+    name = str(name)
+    if not name.startswith("~") or os.path.lexists(name):
+        return name
+    path = os.path.expanduser(name)
+    if path == name:
+        user, _, _ = name.partition("/")
+        raise UserError(f"{flag} {name}: there is no user and no file {user}; name another path.")
+    return path
+
+
+def at_home(config, *names):
+    """A dataclass of flags, of which those named, paths or lists of paths, went through user_path."""
+    changes = {}
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, list):
+            changes[name] = [user_path(item, f"--{name}") for item in value]
+        else:
+            changes[name] = user_path(value, f"--{name}")
+    return dataclasses.replace(config, **changes)
+
+
+def program():
+    """A hash of this program's own code: of the names and contents of its .py files."""
+    digest = hashlib.sha256()
+    for pattern in ("*.py", "speed/*.py", "files/*.py"):
+        for file in sorted(ROOT.glob(pattern)):
+            digest.update(f"{file.relative_to(ROOT)}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

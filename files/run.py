@@ -18,8 +18,13 @@ tests/test_run.py proves it: test_stopped_and_resumed_is_bit_for_bit_what_uninte
 from cli import UserError, say
 
 import contextlib
+import errno
 import json
+import math
+import os
 import platform
+import secrets
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +42,14 @@ BEST_WEIGHTS = tuple(f"best/{name}" for name in WEIGHTS)
 # A folder with none of these files holds no run.
 MADE_HERE = (STATE,) + WEIGHTS + BEST_WEIGHTS
 
+# The files that a run writes over, in its folder or in best/.
+WRITTEN = {
+    *(STATE, *WEIGHTS, "state.json", "adapter_config.json"),
+    *("run.json", "metrics.jsonl", "summary.json", "curve.png"),
+}
+# The index of sharded weights. A run writes one file of weights, so an index in its folder is of another model.
+INDEX = "model.safetensors.index.json"
+
 
 # The flags that a resume may change. Any other flag would train another model. A model or data in another place is
 # fine, because IDENTITY below compares their content.
@@ -52,10 +65,18 @@ OF_A_STEP = ["loss", "lr", "grad_norm", "tokens_per_s", "padding"]
 # The keys of run.json that a resume must find unchanged: {key: its name in an error}.
 IDENTITY = {
     "base_fingerprint": "base model",
+    "base_tensors": "base model (a tensor of its)",
     "data_fingerprint": "data",
     "dtype": "dtype of the weights",
     "arithmetic": "dtype of the arithmetic (--dtype)",
 }
+
+
+# What of run.json's versions a state holds too: {key: its name in a sentence}.
+VERSIONS = {"torch": "torch", "program": "this program"}
+
+# The errors of a lock on a file system that has none, such as Lustre without -o flock.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass
@@ -74,8 +95,8 @@ class Facts:
     def judge(self, val):
         """Note a held-out loss. -> whether it is the best so far"""
         self.val = val
-        # Compare with <, because a comparison with nan is false: a nan after the first loss is never the best.
-        is_best = self.best_val is None or val < self.best_val
+        # A loss that is nan or infinite is never the best, not even the first: no later loss would be lower than nan.
+        is_best = math.isfinite(val) and (self.best_val is None or val < self.best_val)
         if not is_best:
             self.without_progress += 1
             return False
@@ -85,15 +106,28 @@ class Facts:
         return True
 
 
-def started_with(out):
-    """{flag: value} with which the run in this folder was started."""
+def started_with(out, given, defaults):
+    """{flag: value} with which the run in the folder `out` was started, before this command line changes them.
+
+    given, defaults {flag: value}: of this command line, and of this version for flags that the run did not have"""
+    folder = Path(disk.user_path(out, "--out"))
     try:
-        before = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+        before = disk.parse_json((folder / "run.json").read_text(encoding="utf-8"))
         if before.get("format", 1) > FORMAT:
             raise UserError(f"--resume: {out} was made by a newer version of this program.")
-        return {**before["config"], **before["rules"], "resume": True, "out": out}
-    except (OSError, ValueError, KeyError, TypeError):
+        flags = {**before["config"], **before["rules"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--resume: {out} holds no run to go on from.") from None
+    unknown = sorted(flags.keys() - defaults.keys())
+    if unknown:
+        raise UserError(
+            f"--resume: {out} was made by a version of this program with other flags: {', '.join(unknown)}."
+        )
+    flags = {**defaults, **flags, "resume": True, "out": out}
+    # Who gives --epochs alone wants it to decide, so it takes away the --max_steps of before.
+    if given["epochs"] is not None:
+        flags["max_steps"] = None
+    return flags
 
 
 def refuse_other_flags(old, new):
@@ -120,7 +154,7 @@ def read_run(folder):
 
 def read_run_json(path):
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = disk.parse_json(path.read_text(encoding="utf-8"))
         # Read what every program needs, so that a file of another kind fails here.
         info["config"]["model"]
         info["base_fingerprint"]
@@ -130,10 +164,69 @@ def read_run_json(path):
     return info
 
 
+# --- --out ---
+
+
+def holds_a_run(folder):
+    return any((folder / name).exists() for name in MADE_HERE)
+
+
+def check_out(out, resume, model, base, files):
+    """Raise UserError if a run in --out would write over what it reads, or would rename it away with an older run.
+
+    model: as --model says. base: the folder of the model. files: those of --data and --val_data. An adapter to begin
+    with is read before anything is renamed, so it may lie in --out. Call this before all work: nothing is changed."""
+    folder = Path(out).resolve()
+    if folder.name == "best" and (folder.parent / "run.json").exists():
+        raise UserError(f"--out {out} is a part of the run in {folder.parent}: name another --out.")
+    reads = files_of_a_model(model, base)
+    for file in files:
+        reads[f"the data file {file}"] = Path(file)
+    for what, path in reads.items():
+        if is_written(folder, path.resolve()):
+            raise UserError(f"{what} is where --out {out} is written: name another --out.")
+    if resume or not holds_a_run(folder):
+        return
+    needed = {**reads, "the current folder": Path.cwd(), "this program": disk.ROOT}
+    for what, path in needed.items():
+        if lies_in(path, out):
+            raise UserError(
+                f"{what} lies in --out {out}. That folder holds a run, which a new run would rename: "
+                "name another --out."
+            )
+
+
+def is_written(folder, path):
+    """Whether a run in `folder` writes this file, or its files into this folder."""
+    places = (folder, folder / "best")
+    if path.is_dir():
+        return path in places
+    return path.parent in places and path.name in WRITTEN
+
+
+def lies_in(path, out):
+    """Whether a path leads into or through the folder `out`, as it is written or with all links followed."""
+    as_written = Path(os.path.abspath(path))
+    if as_written.is_relative_to(os.path.abspath(out)):
+        return True
+    return path.resolve().is_relative_to(Path(out).resolve())
+
+
+def files_of_a_model(name, folder):
+    """{what to call it: path} of a model folder and its files, each of which may be a link to another place."""
+    reads = {f"--model {name or folder}": folder}
+    for file in folder.iterdir():
+        if file.is_file():
+            reads[f"{file} of --model"] = file
+    return reads
+
+
 class Run:
     def __init__(self, folder, resume):
         """Own the folder. Without `resume`, a run that is there is renamed to folder.1, .2, …, never deleted."""
         self.folder = Path(folder).resolve()
+        # Tells the files of this run from those of another one. A resume has the id in run.json.
+        self.id = secrets.token_hex(8)
         # The open metrics.jsonl; None until something is logged.
         self.metrics = None
         self.saved_at = None  # the step of the last save
@@ -146,9 +239,11 @@ class Run:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"--out {folder} is a file, or lies in one; name a folder.") from None
         self.own()
+        disk.remove_parts(self.folder)
+        disk.remove_parts(self.folder / "best")
         if resume:
             return
-        if self.holds_a_run():
+        if holds_a_run(self.folder):
             self.rename_old_run(folder)
         # A run that stopped before its first save is not renamed, so its metrics may still be here.
         (self.folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -160,25 +255,47 @@ class Run:
             raise UserError(
                 f"another process is training in {self.folder}; wait, or choose another --out."
             ) from None
-
-    def holds_a_run(self):
-        return any((self.folder / name).exists() for name in MADE_HERE)
+        except OSError as e:
+            if e.errno not in NO_LOCKS:
+                raise
+            say("note", f"{self.folder} cannot be locked here: start no second run in it")
 
     def rename_old_run(self, said):
         """Rename the old run to folder.1, or to the next free number. said: --out as the user wrote it"""
-        if self.folder == Path.cwd():
+        if Path.cwd().is_relative_to(self.folder):
             raise UserError(
-                f"--out {said} is the current folder and holds a run: name another --out."
+                f"--out {said} is or has the current folder and holds a run: name another --out."
             )
         n = 1
-        while self.folder.with_name(f"{self.folder.name}.{n}").exists():
+        while os.path.lexists(self.folder.with_name(f"{self.folder.name}.{n}")):
             n += 1
         old = self.folder.with_name(f"{self.folder.name}.{n}")
         # The old folder keeps its lock until this process ends; the new folder gets one of its own.
-        self.folder.rename(old)
+        try:
+            self.folder.rename(old)
+        except OSError as e:
+            # A volume of a container is such a folder, or one in a folder that cannot be written.
+            raise UserError(
+                f"--out {said} holds a run and cannot be renamed ({e.strerror}): name another --out."
+            ) from None
         say("run", f"{self.folder} already held a run: that run is {old} now")
         self.folder.mkdir()
         self.own()
+
+    def keep(self, base, names):
+        """Copy files of the base model into the folder of a run that trains all weights, before it trains.
+
+        names: what a model folder has beside its weights. Each save takes these files from here. So what is saved is a
+        whole model even if the base is gone by then. Raise UserError if the folder has such files of another model."""
+        for name in (*names, INDEX):
+            is_of_base = name != INDEX and (base / name).exists()
+            if is_of_base:
+                with disk.atomic(self.folder / name) as beside:
+                    shutil.copyfile(base / name, beside)
+            elif (self.folder / name).exists():
+                raise UserError(
+                    f"{self.folder / name} belongs to another model than {base}: name another --out."
+                )
 
     def write_json(self, name, value):
         disk.write_json(self.folder / name, value)
@@ -186,14 +303,14 @@ class Run:
     def read_json(self, name):
         path = self.folder / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return disk.parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise UserError(f"{path} cannot be read ({e}).") from None
 
     def write_about(self, info):
         """Write run.json, which says what this run is."""
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        self.write_json("run.json", {"format": FORMAT, **info, "versions": versions})
+        about = {"format": FORMAT, **info, "id": self.id, "versions": versions()}
+        self.write_json("run.json", about)
 
     def go_on(self, info, optimizer, params, total):
         """Load the state in this folder for a run of `total` steps. -> Facts
@@ -201,13 +318,17 @@ class Run:
         Raise UserError if the state is of another run, or if all steps are done."""
         before = self.read_json("run.json")
         for key, what in IDENTITY.items():
-            if before[key] != info[key]:
+            if key not in before:
+                say("resume", f"run.json does not say which {what} this run had: not compared")
+            elif before[key] != info[key]:
                 raise UserError(
                     f"--resume: the {what} is not the one that {self.folder} was trained with."
                 )
-        facts = Facts(**self.load_state(optimizer, params))
+        self.id = before.get("id", self.id)
+        facts = facts_of(self.folder / STATE, self.load_state(optimizer, params, before.get("id")))
         self.saved_at = facts.step
         self.forget_after(facts.step)
+        self.say_other_metrics(facts)
         note = ""
         if total != facts.total:
             note = f"; the schedule was for {facts.total} steps and is for {total} from here on"
@@ -225,7 +346,7 @@ class Run:
         """Append a line to metrics.jsonl."""
         if self.metrics is None:
             self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.write(disk.json_line(line) + "\n")
         # Flush, so that a person who watches the file sees the step at once.
         self.metrics.flush()
 
@@ -240,9 +361,11 @@ class Run:
         if not path.exists():
             return []
         lines = []
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+                line = disk.parse_json(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
         return lines
 
     def forget_after(self, step):
@@ -252,9 +375,21 @@ class Run:
             # Close the old file, because the rename below puts another file in its place.
             self.metrics.close()
             self.metrics = None
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(disk.json_line(line) + "\n" for line in kept)
         with disk.atomic(self.folder / "metrics.jsonl") as beside:
             beside.write_text(text, encoding="utf-8")
+
+    def say_other_metrics(self, facts):
+        """A line where metrics.jsonl has not the steps of this run. Training needs no metrics, so a resume goes on."""
+        lines = self.history()
+        steps = [line["step"] for line in lines]
+        is_whole = steps == list(range(facts.step + 1))
+        if is_whole and lines[0].get("val_loss") == facts.val_before:
+            return
+        say(
+            "note",
+            f"metrics.jsonl has not the steps 0 to {facts.step} of this run: nor will curve.png",
+        )
 
     # --- resume ---
 
@@ -265,32 +400,40 @@ class Run:
         tensors |= optimizer_tensors(optimizer)
         tensors |= random_states()
         metadata = {
-            "facts": json.dumps(facts),
+            "facts": disk.json_line(facts),
             "scalars": json.dumps(optimizer_scalars(optimizer)),
             "shapes": json.dumps(shapes_of(tensors)),
+            "run": json.dumps(self.id),
+            "versions": json.dumps(versions()),
         }
         disk.write_tensors(self.folder / STATE, tensors, metadata)
         # state.json is for people. A resume reads the copy inside STATE, because two files could differ after a kill.
-        self.write_json("state.json", facts)
+        self.write_json("state.json", disk.finite(facts))
 
-    def load_state(self, optimizer, params):
-        """Fill parameters, optimiser and random generators from STATE. -> the facts"""
+    def load_state(self, optimizer, params, run_id=None):
+        """Fill parameters, optimiser and random generators from STATE. -> the facts
+
+        run_id: of run.json; None if that is of a version that wrote none"""
         path = self.folder / STATE
-        tensors, facts, scalars = read_state(path)
+        tensors, about = read_state(path)
+        if run_id is not None and about["run"] not in (None, run_id):
+            raise UserError(f"--resume: {path} and run.json beside it are of two different runs.")
+        refuse_no_numbers(path, tensors)
         fill_params(path, params, tensors)
         saved = [key for key in tensors if key.startswith("optim.")]
         for key in saved:
             fill_optimizer(path, optimizer, key.removeprefix("optim."), tensors[key])
-        for key, value in scalars.items():
+        for key, value in about["scalars"].items():
             fill_optimizer(path, optimizer, key, value)
         set_random_states(tensors)
-        return facts
+        say_other_versions(about["versions"])
+        return about["facts"]
 
 
 # --- the content of STATE ---
 #
 # tensors     param.NAME, optim.NUMBER.KEY (of the optimiser's parameter NUMBER), random.cpu, random.cuda
-# metadata    facts, scalars (NUMBER.KEY of the optimiser) and shapes, each as JSON
+# metadata    facts, scalars (NUMBER.KEY of the optimiser), shapes, run (the id in run.json) and versions, each as JSON
 
 
 def trained_by(optimizer):
@@ -340,21 +483,66 @@ def shapes_of(tensors):
 
 
 def read_state(path):
-    """(tensors, facts, scalars) of a state file; UserError if the file is damaged."""
+    """(tensors, {"facts", "scalars", "run", "versions"}) of a state file; UserError if the file is damaged."""
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata()
             tensors = {key: f.get_tensor(key) for key in f.offset_keys()}
-        facts = json.loads(metadata["facts"])
-        scalars = json.loads(metadata["scalars"])
         shapes = json.loads(metadata["shapes"])
         if shapes != shapes_of(tensors):
             raise ValueError("its tensors do not have the saved shapes")
+        about = {
+            "facts": disk.parse_json(metadata["facts"]),
+            "scalars": json.loads(metadata["scalars"]),
+            # Earlier versions of this program wrote neither of these two.
+            "run": json.loads(metadata.get("run", "null")),
+            "versions": json.loads(metadata.get("versions", "{}")),
+        }
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise UserError(
             f"{path} cannot be read ({e}); start without --resume, which keeps the old run under another name."
         ) from None
-    return tensors, facts, scalars
+    return tensors, about
+
+
+def facts_of(path, values):
+    """Facts of {name: value}; UserError for names that this version does not have."""
+    try:
+        return Facts(**values)
+    except TypeError:
+        raise UserError(
+            f"{path} was saved by another version of this program: start without --resume."
+        ) from None
+
+
+def refuse_no_numbers(path, tensors):
+    """Raise UserError for a state whose training had already failed: it would only go on to fail."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{path}: {name} holds nan or inf: begin from what was saved before, in best/ say (--init_adapter)."
+            )
+
+
+def versions():
+    """What a run was made with, {name: version}. That of this program is a hash of its code."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "program": disk.program(),
+    }
+
+
+def say_other_versions(saved):
+    """A line where another torch or another version of this program saved the state. saved: its versions"""
+    now = versions()
+    changes = []
+    for key, what in VERSIONS.items():
+        before = saved.get(key, "an earlier version")
+        if before != now[key]:
+            changes.append(f"{what} was {before}, is {now[key]}")
+    if changes:
+        say("resume", f"{'; '.join(changes)}: losses may differ in their last digits")
 
 
 def fill_params(path, params, tensors):
@@ -383,15 +571,17 @@ def fill_optimizer(path, optimizer, key, value):
 
 
 class Stop:
-    """Within this block, Ctrl-C and SIGTERM only set stop.signal: the loop then finishes its step, saves and leaves.
+    """Within this block, Ctrl-C, SIGTERM and SIGHUP only set stop.signal: the loop finishes its step, saves and leaves.
 
-    A second signal raises KeyboardInterrupt at once."""
+    SIGHUP comes when the terminal is closed. A signal that was ignored before stays so: nohup ignores SIGHUP, and a
+    shell SIGINT for what it starts with &. A second signal raises KeyboardInterrupt at once."""
 
     def __enter__(self):
         self.signal = None
         self.handlers_before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers_before[number] = signal.signal(number, self.heard)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers_before[number] = signal.signal(number, self.heard)
         return self
 
     def heard(self, number, frame):
@@ -402,7 +592,7 @@ class Stop:
 
     @property
     def exit_code(self):
-        """What a shell reports for a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        """What a shell reports for a program that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signal
 
     def __exit__(self, *_):

@@ -1,4 +1,5 @@
-"""The optimiser: AdamW with states in 32 or 8 bits, an adapter as one flat tensor, a check that gradients arrive.
+"""The optimiser: AdamW with states in 32 or 8 bits, the length and learning rates of a run, an adapter as one flat
+tensor, a check that gradients arrive.
 
 AdamW keeps two states a trained weight: the running means of its gradient and of the gradient's square. --optim
 adamw8bit keeps them in 8 bits (Dettmers et al. 2021): a code of one byte, and one fp32 scale (absmax) for 256 codes.
@@ -92,6 +93,44 @@ def clip(trained, loss_scale, grad_clip):
     return nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
 
 
+# Optimiser steps of a run to which neither --max_steps nor --epochs is given.
+DEFAULT_STEPS = 60
+
+
+def check_length(max_steps, epochs):
+    """Raise UserError for a --max_steps or --epochs, None where not given, that no run can have."""
+    if max_steps is not None and max_steps < 0:
+        raise UserError(f"--max_steps {max_steps} is out of range: it must be at least 0.")
+    if epochs is not None and epochs < 1:
+        raise UserError(f"--epochs {epochs} is out of range: it must be at least 1.")
+
+
+def how_many_steps(max_steps, epochs, steps_of):
+    """(how many optimiser steps a run has, which flag says so). steps_of(n): the steps of n epochs
+
+    --max_steps    --epochs     steps
+    not given      not given    60
+    not given      3            all of 3 epochs
+    200            any          200
+    0              3            all of 3 epochs; of 1 epoch where --epochs is not given"""
+    if max_steps:
+        return max_steps, "as --max_steps says"
+    if max_steps is None and epochs is None:
+        return DEFAULT_STEPS, "neither --max_steps nor --epochs is given"
+    epochs = epochs or 1
+    return steps_of(epochs), f"all of --epochs {epochs}"
+
+
+def lr_at(step, total, lr, warmup_steps):
+    """Learning rate of step 1, 2, … total: linear warm-up, then half a cosine. It is above 0 at every step.
+
+    lr 1, warmup_steps 3, total 7: 0.25, 0.5, 0.75, then 1, 0.85, 0.5, 0.15."""
+    if step <= warmup_steps:
+        return lr * step / (warmup_steps + 1)
+    done = (step - 1 - warmup_steps) / max(1, total - warmup_steps)
+    return lr * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+
+
 # --- a check that every trained tensor gets a gradient ---
 
 
@@ -99,8 +138,9 @@ class GradientWatch:
     """Records which trained tensors the first backward reaches, and raises an error for one that it misses.
 
     Why: a LoRA that gets no gradient raises no error by itself. The run only seems to learn slowly.
-    A hook on each tensor records that autograd reached it. The gradient's value cannot tell: A's is 0 in any case at
-    first, because B is 0."""
+    A hook on each tensor records that autograd reached it. The gradient's value cannot tell. All zeros are right for an
+    A whose B is 0, for q and k of a row with one token, and in fp16 for what is too small. A nan is right for a step
+    of fp16 that overflows. Whether the numbers are any good is asked by LossScale.refuse_no_number."""
 
     def __init__(self, params):
         self.params = params
@@ -111,12 +151,9 @@ class GradientWatch:
             for name, p in params.items()
         ]
 
-    def check(self, model, has_loss_scale):
-        """Check once, after a backward. In fp16 an overflow puts the check off to the next step."""
+    def check(self, model):
+        """Check once, after a backward."""
         if self.done:
-            return
-        all_finite = all(p.grad is None or p.grad.isfinite().all() for p in self.params.values())
-        if has_loss_scale and not all_finite:
             return
         check_gradients(model, self.params, self.reached)
         self.done = True
@@ -125,22 +162,27 @@ class GradientWatch:
 
 
 def check_gradients(model, params, reached):
-    """An error for a trained tensor without a usable gradient, or a frozen one with a gradient."""
-    wrong = [name for name, p in params.items() if name not in reached or not is_usable(name, p)]
-    if wrong:
+    """An error for a trained tensor that backward did not reach, or for a frozen one with a gradient."""
+    missed = [name for name in params if name not in reached]
+    if missed:
         raise UserError(
-            f"{len(wrong)} trained tensor(s) got no gradient, or one that is not finite or all zeros; "
-            f"the first is {wrong[0]}."
+            f"{len(missed)} trained tensor(s) got no gradient, because the loss does not depend on them; "
+            f"the first is {missed[0]}."
         )
     trained = {id(p) for p in params.values()}
     for name, p in model.named_parameters():
         if id(p) not in trained and p.grad is not None:
             raise UserError(f"{name} is frozen and got a gradient.")
     say("check", f"all {len(params)} trained tensors get a gradient, no frozen one does")
+    zeros = [name for name, p in params.items() if not p.grad.any() and not waits(name, params)]
+    if zeros:
+        say(
+            "check",
+            f"{len(zeros)} of these gradients are all zeros at the first step, the first is {zeros[0]}",
+        )
 
 
-def is_usable(name, p):
-    """Whether p's gradient is finite and, for a B, not all zeros. A's may be zeros at first, because B is 0."""
-    if not p.grad.isfinite().all():
-        return False
-    return ".lora_B." not in name or bool(p.grad.any())
+def waits(name, params):
+    """Whether the tensor is an A whose B is all zeros, as in any untrained adapter: its gradient must be zeros."""
+    B = params.get(name.replace(".lora_A.", ".lora_B."))
+    return ".lora_A." in name and B is not None and not B.any()

@@ -24,6 +24,7 @@ Class LossScale says why fp16 needs a loss scale, speed/fp8.py in which layers f
 
 from cli import UserError, say
 
+import contextlib
 import math
 
 import torch
@@ -104,6 +105,13 @@ def best_dtype(device, native):
     return "fp32"
 
 
+def autocast(device, dtype):
+    """A `with` block that makes products in dtype, whatever the dtype of the weights."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
 ATTENTION = {
     "naive": "naive: all scores [B, H, T, T] are held",
     "flash": "flash: scaled_dot_product_attention never holds the scores",
@@ -168,9 +176,16 @@ class LossScale:
         if math.isfinite(loss) and (math.isfinite(norm) or not self.hopeless()):
             return
         some = [int(i) for i in rows[:8]]
+        advice = "lower --lr or use --dtype fp32"
+        # No weight was changed before the first step, so there the learning rate is not the cause.
+        if step == 1:
+            advice = (
+                "no weight was changed before, so numbers of the model leave the range of --dtype: use bf16 or fp32, "
+                "or another --model or --init_adapter where that does not help"
+            )
         raise UserError(
             f"the loss is {loss} at step {step}, its gradient's norm {norm} (recipes {some} …): "
-            f"lower --lr or use --dtype fp32. {folder} keeps what was last saved."
+            f"{advice}. {folder} keeps what was last saved."
         )
 
     def update(self, step, overflowed, tell):

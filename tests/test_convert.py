@@ -14,9 +14,15 @@ def test_the_program(tmp_path):
     assert (
         done.stdout == f"{tmp_path / 'hf'}\n" and (tmp_path / "hf" / "model.safetensors").exists()
     )
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for args, says in (
         ((tmp_path / "m.gguf", tmp_path / "hf"), "must not exist yet"),
         ((tmp_path / "no.gguf", tmp_path / "n"), "must be a file"),
+        ((tmp_path / "m.gguf", tmp_path / "m.gguf" / "hf"), "m.gguf, which is a file"),
+        ((tmp_path / "m.gguf", tmp_path / "none" / ".."), "names no new folder"),
+        ((tmp_path / "m.gguf", tmp_path / "link"), "must not exist yet"),
+        (("~nobody-here/m.gguf", tmp_path / "n"), "no user and no file ~nobody-here"),
+        ((tmp_path / "m.gguf", "~nobody-here/n"), "no user and no file ~nobody-here"),
         ((tmp_path / "m.gguf",), "required"),
         ((tmp_path / "m.gguf", tmp_path / "n", "--fast"), "--fast"),
     ):

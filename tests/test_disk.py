@@ -1,5 +1,7 @@
 """files/disk.py: files appear whole, a folder has one owner, a model folder has a fingerprint."""
 
+from cli import UserError
+
 import errno
 import json
 import os
@@ -68,6 +70,62 @@ def test_the_mode_respects_umask(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert [stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()] == [mode, mode]
+
+
+def test_a_left_over_of_the_same_process_number_stands_in_nobodys_way(tmp_path):
+    """In containers every program is process 1. The left-over is a folder here, which cannot be written to."""
+    (tmp_path / f".run.json.{os.getpid()}.part").mkdir()
+    write_json(tmp_path / "run.json", {"a": 1})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"a": 1}
+
+
+def test_two_writers_of_the_same_process_number_do_not_share_a_file(tmp_path):
+    """Two containers on one volume: each writes its own file, and the last rename wins."""
+    with atomic(tmp_path / "a") as first, atomic(tmp_path / "a") as second:
+        assert first != second
+        first.write_text("one")
+        second.write_text("two")
+    assert (tmp_path / "a").read_text() == "one" and names(tmp_path) == ["a"]
+
+
+def test_half_written_files_of_killed_programs_are_removed(tmp_path):
+    (tmp_path / ".model.safetensors.0123abcd.part").write_text("half")
+    for name in ("a.part", ".mine.part", ".notes.txt.0123abc.part", ".a.0123abcd.part.bak"):
+        (tmp_path / name).write_text("a user's")
+    disk.remove_parts(tmp_path)
+    assert names(tmp_path) == sorted(
+        ["a.part", ".mine.part", ".notes.txt.0123abc.part", ".a.0123abcd.part.bak"]
+    )
+
+
+def strict(text):
+    """The value of a JSON text in which NaN and Infinity are errors, as they are for other programs."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_json_never_holds_what_is_no_number(tmp_path, number):
+    with pytest.raises(UserError, match=r"a\.json is not written, .* nan or infinite"):
+        write_json(tmp_path / "a.json", {"rope": [1.0, {"theta": number}]})
+    assert names(tmp_path) == []
+    value = {"loss": number, "list": [1.5, number], "pair": (number, 2), "text": "NaN", "n": 3}
+    wanted = {"loss": None, "list": [1.5, None], "pair": [None, 2], "text": "NaN", "n": 3}
+    assert strict(disk.json_line(value)) == wanted
+    # What earlier versions wrote is read.
+    assert disk.parse_json(json.dumps(value)) == wanted
+
+
+def test_a_name_that_is_no_utf_8_comes_back_from_json(tmp_path):
+    """A Latin-1 file name: Python has its byte 0xe9 as a lone surrogate, which UTF-8 cannot encode."""
+    name = os.fsdecode(b"cr\xe8me/rag\xf9.csv")
+    write_json(tmp_path / "a.json", {"data": [name], "title": "Crème"})
+    text = (tmp_path / "a.json").read_bytes().decode("utf-8")
+    assert json.loads(text) == {"data": [name], "title": "Crème"} and "Crème" in text
+    assert os.fsencode(json.loads(text)["data"][0]) == b"cr\xe8me/rag\xf9.csv"
 
 
 def test_json_and_tensors_come_back(tmp_path):
@@ -185,6 +243,37 @@ def test_a_fingerprint_is_the_same_in_every_version_of_the_program(tmp_path):
     assert fingerprint(tmp_path) == "1a3c07ce61349d2b"
 
 
+def test_an_exchanged_tensor_between_two_samples_is_noticed(tmp_path, monkeypatch):
+    """A shard of 9 MB has samples every 140 kB. A tensor of 32 kB between two of them is another one."""
+    monkeypatch.setattr(disk, "SAMPLE_BYTES", 4096)
+    tensors = {name: torch.ones(n) for name, n in (("a", 10**6), ("b", 8192), ("c", 1248576))}
+    (tmp_path / "config.json").write_text("{}")
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    before = disk.about_model(tmp_path)
+    tensors["b"] = tensors["b"] * 2
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    after = disk.about_model(tmp_path)
+    assert after["base_fingerprint"] == before["base_fingerprint"]
+    assert after["base_tensors"] != before["base_tensors"]
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "config"])
+def test_other_tensors_have_another_hash(tmp_path, change):
+    model = make_model(tmp_path / "model")
+    before = disk.tensor_samples(model)
+    CHANGES[change](model)
+    assert disk.tensor_samples(model) != before
+
+
+def test_a_copied_folder_has_the_same_tensors_and_junk_is_passed_over(tmp_path):
+    model = make_model(tmp_path / "model")
+    before = disk.tensor_samples(model)
+    shutil.copytree(model, tmp_path / "copy")
+    (tmp_path / "copy/state.safetensors").write_bytes(b"anything")
+    (tmp_path / "copy/z.safetensors").write_bytes(b"")
+    assert disk.tensor_samples(tmp_path / "copy") == before
+
+
 # ---- the lock and the cache folder ----------------------------------------------------------------------------------
 
 HOLDER = """import sys, time
@@ -224,3 +313,36 @@ def test_the_cache_lies_beside_the_code_unless_it_is_absolute(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert cache_folder(".cache") == ROOT / ".cache"
     assert cache_folder(str(tmp_path)) == tmp_path == cache_folder(tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert disk.user_path("~/out", "--out") == "/home/somebody/out"
+    assert disk.user_path("~", "--out") == "/home/somebody"
+    for name in ("out", "a/~/b", "", "/x", "org/name"):
+        assert disk.user_path(name, "--out") == name
+    assert cache_folder("~/cache") == Path("/home/somebody/cache")
+    with pytest.raises(UserError, match="--out ~nobody-here/x: there is no user and no file ~nob"):
+        disk.user_path("~nobody-here/x", "--out")
+    Path("~nobody-here").write_text("a file of that name")
+    assert disk.user_path("~nobody-here", "--data") == "~nobody-here"
+
+
+def test_the_programs_code_has_a_hash_of_its_content(tmp_path, monkeypatch):
+    for folder in ("", "speed", "files", "tests"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(disk, "ROOT", tmp_path)
+    before = disk.program()
+    os.utime(tmp_path / "a.py", (1, 1))
+    (tmp_path / "tests" / "b.py").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    assert disk.program() == before
+    seen = {before}
+    for name in ("a.py", "speed/a.py", "files/a.py"):
+        (tmp_path / name).write_text("x = 2\n")
+        seen.add(disk.program())
+    (tmp_path / "speed" / "a.py").rename(tmp_path / "speed" / "b.py")
+    seen.add(disk.program())
+    assert len(seen) == 5

@@ -33,6 +33,117 @@ def test_a_gguf_is_converted_into_the_cache_once(tmp_path, monkeypatch):
     )
 
 
+@pytest.fixture
+def in_cache(tmp_path, capsys):
+    """(a .gguf file, its folder in the cache, a function that resolves a file: (folder, what was said))"""
+    make_gguf(tmp_path / "m.gguf")
+
+    def resolve(path):
+        folder = hub.resolve(str(path), tmp_path / "cache")
+        return folder, capsys.readouterr().err
+
+    folder, _ = resolve(tmp_path / "m.gguf")
+    return tmp_path / "m.gguf", folder, resolve
+
+
+def test_another_gguf_of_the_same_size_and_time_is_another_model(in_cache):
+    """A download that keeps the server's time, or `cp -p` of a file that was quantised again."""
+    path, folder, resolve = in_cache
+    before = path.stat()
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    other, said = resolve(path)
+    assert other != folder and "convert" in said
+
+
+@pytest.mark.parametrize("how", ["moved", "renamed", "touched"])
+def test_the_same_gguf_elsewhere_is_not_converted_again(in_cache, tmp_path, how):
+    path, folder, resolve = in_cache
+    other = {
+        "moved": tmp_path / "elsewhere" / "m.gguf",
+        "renamed": tmp_path / "n.gguf",
+        "touched": path,
+    }[how]
+    other.parent.mkdir(exist_ok=True)
+    path.rename(other)
+    os.utime(other, ns=(1, 1))
+    assert resolve(other) == (folder, "")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+INTERRUPTED = {
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "half of the weights": lambda folder: cut(folder / "model.safetensors"),
+    "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "zeros after a power cut": lambda folder: (folder / "model.safetensors").write_bytes(bytes(99)),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "half a config": lambda folder: cut(folder / "config.json"),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "a shard is missing": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
+    ),
+    "half an index": lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
+    "an empty folder": lambda folder: [file.unlink() for file in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", INTERRUPTED)
+def test_a_part_of_a_conversion_is_not_taken_for_a_model(in_cache, damage):
+    path, folder, resolve = in_cache
+    before = (folder / "model.safetensors").read_bytes()
+    INTERRUPTED[damage](folder)
+    again, said = resolve(path)
+    assert again == folder and "is not a whole model" in said
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert resolve(path) == (folder, "")
+
+
+def test_a_sharded_conversion_is_whole(in_cache, monkeypatch, tmp_path):
+    path, _, resolve = in_cache
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(gguf_file, "SHARD_BYTES", 20_000)
+    folder, _ = resolve(path)
+    assert (folder / "model.safetensors.index.json").exists()
+    assert resolve(path) == (folder, "")
+
+
+@pytest.mark.parametrize("mark", [None, "{", "[]", '{"converter": "0"}'])
+def test_a_conversion_by_another_version_is_used_and_named(in_cache, mark):
+    path, folder, resolve = in_cache
+    (folder / "conversion.json").unlink()
+    if mark is not None:
+        (folder / "conversion.json").write_text(mark)
+    again, said = resolve(path)
+    assert again == folder and f"another version of this program converted {folder}" in said
+
+
+def test_a_folder_of_the_default_model_without_weights_is_converted_again(wheels, tmp_path):
+    folder = hub.resolve("", tmp_path / "cache")
+    (folder / "model.safetensors").unlink()
+    assert hub.resolve("", tmp_path / "cache") == folder
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_home_folder_that_is_nobodys_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="--model ~nobody-here/m: there is no user and no file"):
+        hub.resolve("~nobody-here/m", tmp_path)
+    with pytest.raises(UserError, match="--data ~nobody-here/r.csv: there is no user"):
+        hub.recipe_files(["~nobody-here/r.csv"], "--data", tmp_path)
+
+
+def test_recipe_files_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.csv").write_text("")
+    assert hub.recipe_files(["~/r.csv"], "--data", tmp_path) == [(tmp_path / "r.csv").resolve()]
+
+
 def test_what_stops_a_conversion_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
     make_gguf(tmp_path / "m.gguf")
     monkeypatch.setattr(

@@ -57,7 +57,7 @@ def test_bytes_of_states(kind, weights, wanted):
 def watched(params, model, used):
     watch = optim.GradientWatch(params)
     sum(params[name].sum() for name in used).backward()
-    watch.check(model, has_loss_scale=False)
+    watch.check(model)
     return watch
 
 
@@ -83,7 +83,7 @@ def test_an_untrained_b_gives_its_a_zeros_and_that_is_fine():
     params = {"x.lora_A.weight": a, "x.lora_B.weight": b}
     watch = optim.GradientWatch(params)
     (a.sum() * 0 + b.sum()).backward()
-    watch.check(model_of(params), has_loss_scale=False)
+    watch.check(model_of(params))
     assert watch.done
 
 
@@ -96,10 +96,61 @@ def test_a_frozen_tensor_with_a_gradient_is_named():
         watched(params, model_of(params, leak), params)
 
 
-def test_an_overflow_in_fp16_puts_the_check_off():
+# {case: the loss of (A, B)}. Autograd reaches both in each, whatever the numbers are.
+UNUSUAL = {
+    "a B of zeros, because v is zero": (lambda a, b: a.sum() + b.sum() * 0, "x.lora_B.weight"),
+    "an A of zeros under a trained B": (lambda a, b: a.sum() * 0 + b.sum(), "x.lora_A.weight"),
+    "what is too small for fp32": (
+        lambda a, b: a.sum() + b.sum() * 1e-30 * 1e-30,
+        "x.lora_B.weight",
+    ),
+    "an overflow of fp16": (lambda a, b: a.sum() * float("inf") + b.sum(), None),
+    "a nan": (lambda a, b: a.sum() * float("nan") + b.sum(), None),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_a_gradient_is_reached_whatever_its_numbers_are(case, capsys):
+    loss_of, named = UNUSUAL[case]
     a, b = two_params()
     params = {"x.lora_A.weight": a, "x.lora_B.weight": b}
     watch = optim.GradientWatch(params)
-    (a.sum() * float("inf") + b.sum()).backward()
-    watch.check(model_of(params), has_loss_scale=True)
-    assert not watch.done
+    loss_of(a, b).backward()
+    watch.check(model_of(params))
+    said = capsys.readouterr().err
+    assert watch.done and "all 2 trained tensors get a gradient" in said
+    if named is None:
+        assert "zeros" not in said
+    else:
+        assert f"1 of these gradients are all zeros at the first step, the first is {named}" in said
+
+
+def test_an_untrained_adapter_is_nothing_unusual(capsys):
+    a, b = two_params()
+    b.data.zero_()
+    params = {"x.lora_A.weight": a, "x.lora_B.weight": b}
+    watch = optim.GradientWatch(params)
+    (a.sum() * b.sum() + b.sum()).backward()
+    watch.check(model_of(params))
+    assert "zeros" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "max_steps, epochs, wanted",
+    [
+        (None, None, (60, "neither --max_steps nor --epochs is given")),
+        (None, 3, (36, "all of --epochs 3")),
+        (200, None, (200, "as --max_steps says")),
+        (200, 3, (200, "as --max_steps says")),
+        (0, 3, (36, "all of --epochs 3")),
+        (0, None, (12, "all of --epochs 1")),
+    ],
+)
+def test_which_flag_decides_how_long_a_run_is(max_steps, epochs, wanted):
+    assert optim.how_many_steps(max_steps, epochs, lambda n: 12 * n) == wanted
+
+
+@pytest.mark.parametrize("max_steps, epochs, flag", [(-1, None, "max_steps"), (None, 0, "epochs")])
+def test_a_length_that_no_run_can_have(max_steps, epochs, flag):
+    with pytest.raises(UserError, match=f"--{flag} .* is out of range: it must be at least"):
+        optim.check_length(max_steps, epochs)

@@ -53,6 +53,13 @@ def test_what_no_smaller_scale_can_help_stops_the_run(dtype, value, loss, norm, 
         scale.refuse_no_number(loss, norm, 3, [5, 6], "out")
 
 
+def test_before_a_weight_was_changed_the_learning_rate_is_not_blamed():
+    scale = LossScale(torch.bfloat16)
+    with pytest.raises(UserError, match=r"nan at step 1, .*no weight was changed before") as e:
+        scale.refuse_no_number(float("nan"), 1.0, 1, [5, 6], "out")
+    assert "--lr" not in str(e.value) and "--init_adapter" in str(e.value)
+
+
 def test_a_cpu_with_bf16_instructions_computes_in_bf16_another_only_keeps_weights_in_it(
     monkeypatch,
 ):

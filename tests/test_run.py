@@ -2,8 +2,10 @@
 
 from cli import UserError
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +18,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from files import disk
-from files.run import FORMAT, MADE_HERE, STATE, Facts, Run, Stop, read_run, started_with
+from files.run import (
+    FORMAT,
+    MADE_HERE,
+    STATE,
+    Facts,
+    Run,
+    Stop,
+    check_out,
+    read_run,
+    refuse_other_flags,
+    started_with,
+)
 
 
 def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-# ---- one owner, nothing deleted -------------------------------------------------------------------------------------
+# ---- one owner, nothing deleted -----------------------------------------------------------------------------------
 
 HOLDER = """import sys, time
 from files.run import Run
@@ -159,7 +172,7 @@ def test_a_run_json_that_cannot_be_read_is_named(tmp_path, content):
         run.read_json("run.json")
 
 
-# ---- metrics --------------------------------------------------------------------------------------------------------
+# ---- metrics ------------------------------------------------------------------------------------------------------
 
 
 def test_a_logged_line_is_there_at_once(tmp_path):
@@ -205,7 +218,7 @@ def test_logging_goes_on_after_forget_after(tmp_path):
     assert run.history() == [{"step": 1}, {"step": 2}]
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------------
+# ---- resume -------------------------------------------------------------------------------------------------------
 
 
 def toy(seed=0):
@@ -357,7 +370,7 @@ def test_a_state_of_another_model_is_refused_and_the_parameter_named(saved, chan
         run.load_state(optimizer, params | change)
 
 
-# ---- a state and a run.json of the first version ---------------------------------------------------------------------
+# ---- a state and a run.json of the first version -------------------------------------------------------------------
 
 
 def test_a_state_of_the_first_version_is_resumed(tmp_path):
@@ -395,7 +408,7 @@ def test_a_state_of_the_first_version_is_resumed(tmp_path):
 
 
 def test_a_state_has_the_layout_of_the_first_version(tmp_path):
-    """The other way round, so that the test above tests what is written today."""
+    """The other way round, so that the test above tests what is written today. Only `run` and `versions` are new."""
     model, optimizer, params = toy()
     train(model, optimizer, range(1))
     table = torch.arange(256.0)  # bitsandbytes' tables: one tensor that all parameters share
@@ -413,7 +426,7 @@ def test_a_state_has_the_layout_of_the_first_version(tmp_path):
     assert all(torch.equal(saved[name], t) for name, t in wanted.items())
     with safe_open(run.folder / "state.safetensors", "pt") as f:
         metadata = f.metadata()
-    assert metadata.keys() == {"format", "facts", "scalars", "shapes"}
+    assert metadata.keys() == {"format", "facts", "scalars", "shapes", "run", "versions"}
     assert json.loads(metadata["facts"]) == {"step": 1}
     assert json.loads(metadata["scalars"]) == {f"{i}.count": 7 for i in range(4)}
     assert json.loads(metadata["shapes"]) == {name: list(t.shape) for name, t in saved.items()}
@@ -462,7 +475,7 @@ def test_a_run_json_that_is_not_a_runs_is_named(tmp_path, content):
         read_run(tmp_path)
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------
+# ---- signals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -494,7 +507,7 @@ def test_handlers_are_restored_after_an_error():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-# ---- facts ----------------------------------------------------------------------------------------------------------
+# ---- facts --------------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_is_never_the_best():
@@ -511,10 +524,397 @@ def test_a_run_of_a_newer_version_is_not_resumed(tmp_path):
     info = {"config": {}, "rules": {}, "format": FORMAT + 1}
     (tmp_path / "run.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="made by a newer version"):
-        started_with(tmp_path)
+        started_with(tmp_path, {"epochs": None}, {})
 
 
 def test_a_lock_that_cannot_be_opened_is_not_another_process(tmp_path):
     (tmp_path / "out" / ".lock").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         Run(tmp_path / "out", resume=False)
+
+
+# ---- what a run reads stays readable -------------------------------------------------------------------------------
+
+
+def a_model(folder):
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def a_run(folder):
+    (folder / "best").mkdir(parents=True)
+    for name in ("run.json", STATE, "adapter_model.safetensors", "best/adapter_model.safetensors"):
+        (folder / name).write_text("")
+    return folder
+
+
+def linked(link, target):
+    """A link at `link`, whose parent is made."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+    return link
+
+
+# {case: what it makes in a folder -> (--out, base, data files)}. `out` holds a run in each.
+LOST = {
+    "the base lies in it": lambda t: (t / "out", a_model(a_run(t / "out") / "base"), []),
+    "the base lies deep in it": lambda t: (t / "out", a_model(a_run(t / "out") / "a/b"), []),
+    "--out is a link": lambda t: (
+        linked(t / "link", a_run(t / "out")),
+        a_model(t / "out/base"),
+        [],
+    ),
+    "the base is a link into it": lambda t: (
+        a_run(t / "out"),
+        linked(t / "link", a_model(t / "out/base")),
+        [],
+    ),
+    "the base is a link in it": lambda t: (
+        a_run(t / "out"),
+        linked(t / "out/link", a_model(t / "base")),
+        [],
+    ),
+    "data in it": lambda t: (a_run(t / "out"), a_model(t / "base"), [str(t / "out/r.csv")]),
+    "data that is a link in it": lambda t: (
+        a_run(t / "out"),
+        a_model(t / "base"),
+        [str(linked(t / "out/r.csv", t / "r.csv"))],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_folder_with_what_a_run_reads_is_not_renamed(tmp_path, case):
+    out, base, files = LOST[case](tmp_path)
+    with pytest.raises(UserError, match=r"lies in --out .* name another --out") as e:
+        check_out(out, False, "m", base, files)
+    assert "\n" not in str(e.value)
+    # A resume renames nothing.
+    check_out(out, True, "m", base, files)
+
+
+def weights_linked(t, name):
+    """A base whose weights are a link to a file of the run in out."""
+    base = a_model(t / "base")
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors").symlink_to(t / "out" / name)
+    (t / "out/best").mkdir(parents=True, exist_ok=True)
+    (t / "out" / name).write_text("")
+    return base
+
+
+OVERWRITTEN = {
+    "the base is --out": lambda t: (t / "out", a_model(t / "out"), []),
+    "the base is best/": lambda t: (t / "out", a_model(t / "out/best"), []),
+    "through a link": lambda t: (linked(t / "link", a_model(t / "out")), t / "out", []),
+    "its weights are out's": lambda t: (t / "out", weights_linked(t, "model.safetensors"), []),
+    "they are best's": lambda t: (t / "out", weights_linked(t, "best/model.safetensors"), []),
+    "data": lambda t: (t / "out", a_model(t / "base"), [str(t / "out/metrics.jsonl")]),
+}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("case", OVERWRITTEN)
+def test_a_run_does_not_write_over_what_it_reads(tmp_path, case, resume):
+    out, base, files = OVERWRITTEN[case](tmp_path)
+    with pytest.raises(UserError, match=r"is where --out .* is written: name another --out"):
+        check_out(out, resume, "m", base, files)
+
+
+FINE = {
+    "--out in the base": lambda t: (t / "base/out", a_model(t / "base"), []),
+    "a run in the base": lambda t: (a_run(a_model(t / "base") / "out"), t / "base", []),
+    "--out around the base": lambda t: (t, a_model(t / "runs/base"), []),
+    "data in a folder without a run": lambda t: (t, a_model(t / "base"), [str(t / "r.csv")]),
+    "a name that begins alike": lambda t: (a_run(t / "out"), a_model(t / "out.base"), []),
+    "a link to the run in the base": lambda t: (
+        a_run(t / "out"),
+        linked(a_model(t / "base") / "last", t / "out").parent,
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FINE)
+def test_what_loses_nothing_is_allowed(tmp_path, case):
+    out, base, files = FINE[case](tmp_path)
+    check_out(out, False, "m", base, files)
+
+
+def test_the_best_of_a_run_is_no_folder_for_another(tmp_path):
+    a_run(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--out .*best is a part of the run in .*out: name"):
+        check_out(tmp_path / "out/best", False, "m", a_model(tmp_path / "base"), [])
+
+
+def test_a_current_folder_inside_the_run_is_not_renamed(tmp_path, monkeypatch):
+    a_run(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out/best")
+    with pytest.raises(UserError, match="the current folder lies in --out"):
+        check_out("..", False, "m", a_model(tmp_path / "base"), [])
+    with pytest.raises(UserError, match="is or has the current folder"):
+        Run("..", resume=False)
+    assert names(tmp_path) == ["base", "out"]
+
+
+def test_a_folder_that_cannot_be_renamed_is_a_sentence(tmp_path, monkeypatch):
+    """A volume that is mounted at --out, as containers have it."""
+    a_run(tmp_path / "out")
+
+    def busy(*args):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(UserError, match=r"cannot be renamed \(Device or resource busy\): name"):
+        Run(tmp_path / "out", resume=False)
+
+
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
+    def no_locks(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(disk.fcntl, "flock", no_locks)
+    Run(tmp_path / "out", resume=False)
+    assert "cannot be locked here" in capsys.readouterr().err
+
+
+def test_an_owner_removes_what_a_killed_run_left_half_written(tmp_path):
+    a_run(tmp_path / "out")
+    for name in (".state.safetensors.0123abcd.part", "best/.model.safetensors.89abcdef.part"):
+        (tmp_path / "out" / name).write_text("half")
+    Run(tmp_path / "out", resume=True)
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+BESIDE = ["config.json", "tokenizer.json", "chat_template.jinja"]
+
+
+def test_what_stands_beside_the_weights_is_kept_at_the_beginning(tmp_path):
+    base = a_model(tmp_path / "base")
+    run = Run(tmp_path / "out", resume=False)
+    run.keep(base, BESIDE)
+    shutil.rmtree(base)
+    assert names(run.folder) == [".lock", "config.json", "tokenizer.json"]
+    assert (run.folder / "config.json").read_text() == "config.json"
+
+
+@pytest.mark.parametrize("stale", ["chat_template.jinja", "model.safetensors.index.json"])
+def test_files_of_another_model_are_not_mixed_with_a_runs(tmp_path, stale):
+    base = a_model(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / stale).write_text("of another model")
+    run = Run(tmp_path / "out", resume=False)
+    with pytest.raises(UserError, match=f"{stale} belongs to another model than .*base: name"):
+        run.keep(base, BESIDE)
+
+
+# ---- a resume compares what is there, not where it lies -------------------------------------------------------------
+
+
+def test_a_state_of_another_run_is_refused(saved, tmp_path):
+    """Two runs of equal flags: the state of one was copied into the folder of the other."""
+    run, _ = saved
+    other = Run(tmp_path / "other", resume=False)
+    _, optimizer, params = toy()
+    other.save_state(optimizer, params, {"step": 3})
+    shutil.copy(other.folder / STATE, run.folder / STATE)
+    with pytest.raises(UserError, match=r"state\.safetensors and run\.json .* two different runs"):
+        run.load_state(optimizer, params, run.id)
+    # A run.json of an earlier version has no id to compare.
+    assert run.load_state(optimizer, params) == {"step": 3}
+
+
+def test_run_json_and_the_state_hold_the_same_id_and_versions(saved):
+    run, _ = saved
+    run.write_about({"titles": ["Bread"]})
+    about = run.read_json("run.json")
+    with safe_open(run.folder / STATE, "pt") as f:
+        metadata = f.metadata()
+    assert json.loads(metadata["run"]) == about["id"] == run.id
+    assert json.loads(metadata["versions"]) == about["versions"]
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["program"] == disk.program()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({}, ""),
+        ({"torch": "1.2.3"}, f"torch was 1.2.3, is {torch.__version__}: losses"),
+        ({"program": "0123456789ab"}, "this program was 0123456789ab, is "),
+        (None, "torch was an earlier version"),
+    ],
+)
+def test_a_resume_under_other_versions_says_which(saved, capsys, change, says):
+    run, _ = saved
+
+    def other_versions(tensors, metadata):
+        if change is None:
+            del metadata["versions"]
+        else:
+            metadata["versions"] = json.dumps(json.loads(metadata["versions"]) | change)
+
+    rewrite(run.folder / STATE, other_versions)
+    _, optimizer, params = toy()
+    capsys.readouterr()
+    run.load_state(optimizer, params)
+    said = capsys.readouterr().err
+    assert says in said and len(said.splitlines()) == (change != {})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["param.0.weight", "optim.1.exp_avg"])
+def test_a_state_that_holds_no_number_is_refused_by_the_tensors_name(saved, name, number):
+    run, _ = saved
+    rewrite(run.folder / STATE, lambda tensors, _: tensors[name].view(-1)[0].fill_(number))
+    _, optimizer, params = toy()
+    with pytest.raises(UserError, match=rf"state\.safetensors: {name} holds nan or inf"):
+        run.load_state(optimizer, params)
+
+
+SAME = {
+    "base_fingerprint": "a",
+    "base_tensors": "t",
+    "data_fingerprint": "b",
+    "dtype": "torch.float32",
+    "arithmetic": "torch.float32",
+}
+
+
+def resumed(run, about=SAME, **facts):
+    """go_on of a run that saved these facts, with `about` in its run.json."""
+    _, optimizer, params = toy()
+    run.save_state(optimizer, params, {"step": 2, "total": 9, "val_before": 3.5, **facts})
+    disk.write_json(run.folder / "run.json", about)
+    return run.go_on(SAME, optimizer, params, 9)
+
+
+def test_a_run_json_that_lacks_a_fingerprint_is_resumed_and_named(tmp_path, capsys):
+    run = Run(tmp_path / "out", resume=False)
+    about = {key: value for key, value in SAME.items() if key != "arithmetic"}
+    assert resumed(run, about).step == 2
+    assert "does not say which dtype of the arithmetic" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the base model is not the one"):
+        resumed(run, {**about, "base_fingerprint": "c"})
+
+
+def test_a_state_with_facts_of_another_version_is_refused(tmp_path):
+    run = Run(tmp_path / "out", resume=False)
+    with pytest.raises(UserError, match=r"state\.safetensors was saved by another version"):
+        resumed(run, mood="good")
+
+
+METRICS = {
+    "whole": ([(0, 3.5), (1, None), (2, None)], False),
+    "a step is missing": ([(0, 3.5), (2, None)], True),
+    "of another run": ([(0, 3.25), (1, None), (2, None)], True),
+    "of a longer run": ([(0, 3.5), (1, None), (2, None), (3, None)], False),
+    "none": ([], True),
+}
+
+
+@pytest.mark.parametrize("case", METRICS)
+def test_metrics_of_another_run_are_named(tmp_path, capsys, case):
+    lines, is_told = METRICS[case]
+    run = Run(tmp_path / "out", resume=False)
+    for step, val_loss in lines:
+        run.log({"step": step, "val_loss": val_loss})
+    assert resumed(run).step == 2
+    assert ("metrics.jsonl has not the steps 0 to 2" in capsys.readouterr().err) == is_told
+
+
+def test_metrics_hold_null_for_what_is_no_number(tmp_path):
+    run = Run(tmp_path / "out", resume=False)
+    (run.folder / "metrics.jsonl").write_text('{"step": 0, "val_loss": NaN}\n[1]\n"x"\n')
+    run.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    wanted = [{"step": 0, "val_loss": None}, {"step": 1, "loss": None, "grad_norm": None}]
+    assert run.history() == wanted
+    run.forget_after(1)
+    assert "NaN" not in (run.folder / "metrics.jsonl").read_text() and run.history() == wanted
+
+
+def test_facts_that_are_no_numbers_are_null_in_the_state(tmp_path):
+    run = Run(tmp_path / "out", resume=False)
+    _, optimizer, params = toy()
+    run.save_state(optimizer, params, {"step": 1, "val": float("nan")})
+    assert "NaN" not in (run.folder / "state.json").read_text()
+    assert run.load_state(optimizer, params) == {"step": 1, "val": None}
+
+
+@pytest.mark.parametrize("first", [float("nan"), float("inf")])
+def test_a_first_loss_that_is_no_number_does_not_keep_the_others_out(first):
+    facts = Facts()
+    assert not facts.judge(first) and facts.best_val is None
+    assert facts.judge(2.0) and facts.best_val == 2.0
+
+
+# ---- the flags of a resume ------------------------------------------------------------------------------------------
+
+
+def started(folder, config, given=None, defaults=None):
+    info = {"config": config, "rules": {"min_words": 5}, "format": 2}
+    (folder / "run.json").write_text(json.dumps(info))
+    defaults = {"max_steps": None, "epochs": None, "lr": 1e-3, "min_words": 3} | (defaults or {})
+    given = {"max_steps": None, "epochs": None} | (given or {})
+    return started_with(str(folder), given, defaults)
+
+
+def test_a_flag_that_the_version_of_the_run_did_not_have_is_as_by_default(tmp_path):
+    flags = started(tmp_path, {"lr": 0.5, "max_steps": 60, "epochs": 1}, defaults={"new": 7})
+    assert (flags["new"], flags["lr"], flags["min_words"], flags["resume"]) == (7, 0.5, 5, True)
+    refuse_other_flags(flags, {"new": 7, "lr": 0.5})
+    with pytest.raises(UserError, match="--new was 7, is 8"):
+        refuse_other_flags(flags, {"new": 8, "lr": 0.5})
+
+
+def test_a_flag_that_this_version_does_not_have_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="with other flags: galore_rank"):
+        started(tmp_path, {"lr": 0.5, "galore_rank": 128})
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"config": 1, "rules": {}}', "{", '"x"'])
+def test_a_run_json_of_another_kind_is_no_run(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match="holds no run to go on from"):
+        started_with(str(tmp_path), {"epochs": None}, {})
+
+
+@pytest.mark.parametrize(
+    "had, given, wanted",
+    [
+        ({"max_steps": 60, "epochs": 1}, {}, (60, 1)),
+        ({"max_steps": 60, "epochs": 1}, {"epochs": 5}, None),
+        ({"max_steps": 0, "epochs": 2}, {"epochs": 5}, None),
+        ({"max_steps": None, "epochs": 2}, {}, (None, 2)),
+    ],
+)
+def test_epochs_of_a_resume_take_the_place_of_the_steps_before(tmp_path, had, given, wanted):
+    flags = started(tmp_path, had, given)
+    if wanted is None:
+        assert flags["max_steps"] is None
+    else:
+        assert (flags["max_steps"], flags["epochs"]) == wanted
+
+
+# ---- signals of a terminal ------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_is_closed_stops_a_run_as_any_signal_does():
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal == signal.SIGHUP and stop.exit_code == 129
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_stays_ignored(number):
+    """nohup ignores SIGHUP; a shell ignores SIGINT for a program that it starts with &."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(number)
+            assert stop.signal is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)

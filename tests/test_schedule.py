@@ -1,15 +1,12 @@
 """The learning rate of each step, in numbers worked out by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 
-import train
+from speed import optim
 
 
 def rates(steps, total, lr, warmup_steps):
-    cfg = SimpleNamespace(lr=lr, warmup_steps=warmup_steps)
-    return [train.lr_at(step, total, cfg) for step in steps]
+    return [optim.lr_at(step, total, lr, warmup_steps) for step in steps]
 
 
 def test_the_warm_up_is_a_line_that_does_not_begin_at_zero():

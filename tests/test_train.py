@@ -740,7 +740,6 @@ def test_a_heap_smaller_than_a_batch_trains_and_says_so(base, run, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(base, run, tmp_path, monkeypatch):
     monkeypatch.setattr(loss, "chunked", lambda h, *a, **k: h.sum() * float("nan"))
     monkeypatch.setattr(train, "evaluate", lambda *a: 1.0)
-    monkeypatch.setattr(optim, "check_gradients", lambda *a: None)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "the loss is nan at step 1" in err
 
@@ -755,6 +754,194 @@ def test_a_lora_that_gets_no_gradient_is_found(base, run, tmp_path, monkeypatch)
     )
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "o_proj" in err
+
+
+def with_zeros(folder, part):
+    """A model whose weights of this name are zeros."""
+    model = make_model(folder)
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if part in name:
+            tensors[name] = torch.zeros_like(tensors[name])
+    safetensors.torch.save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("part", ["v_proj", "o_proj", "down_proj", "up_proj"])
+def test_a_model_whose_gradients_are_zeros_in_places_is_trained(base, run, tmp_path, part):
+    """Where v or o_proj is zero, q and k get gradients of zeros: autograd reaches them all the same."""
+    model = with_zeros(tmp_path / "model", part)
+    flags = ["--model", model, "--out", tmp_path / "out", "--lora_r", 2, "--max_steps", 1]
+    code, _, err = run(*base, *flags)
+    assert code == 0, err
+    assert "trained tensors get a gradient" in err
+    assert "of these gradients are all zeros at the first step" in err
+
+
+@pytest.mark.parametrize("part", ["v_proj", "down_proj"])
+def test_all_weights_of_such_a_model_are_trained(base, run, tmp_path, part):
+    model = with_zeros(tmp_path / "model", part)
+    flags = ["--model", model, "--out", tmp_path / "out", "--lora_r", 0, "--max_steps", 1]
+    code, _, err = run(*base, *flags)
+    assert code == 0, err
+
+
+def test_a_nan_in_the_backward_of_the_first_step_is_not_called_a_missing_gradient(
+    base, run, tmp_path, monkeypatch
+):
+    """The loss is a number, its gradient is none, as where a square root of 0 is differentiated."""
+    chunked = loss.chunked
+    monkeypatch.setattr(
+        loss, "chunked", lambda h, *a, **k: chunked(h, *a, **k) + (h - h).abs().sqrt().sum()
+    )
+    monkeypatch.setattr(train, "evaluate", lambda *a: 1.0)
+    code, _, err = run(*base, "--out", tmp_path / "out")
+    assert code == 2 and "at step 1, its gradient's norm nan" in err
+    assert "no weight was changed before" in err and "lower --lr" not in err
+
+
+def strict(text):
+    """The value of a JSON text; NaN and Infinity are no JSON."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_every_json_of_a_run_whose_held_out_loss_is_no_number_is_json(
+    base, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train.quality, "held_out_loss", lambda *a: float("nan"))
+    out = ok(run(*base, "--out", tmp_path / "out"))
+    assert strict(out.splitlines()[-1])["val_loss_after"] is None
+    for name in ("summary.json", "state.json", "run.json"):
+        strict((tmp_path / "out" / name).read_text())
+    lines = [strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("val_loss", "none") for line in lines][::3] == [None] * 3
+    # A nan is never the best, so there is no best/.
+    assert not (tmp_path / "out" / "best").exists()
+
+
+# --- how long a run is ---
+
+
+@pytest.mark.parametrize(
+    "flags, steps, says",
+    [
+        (["--epochs", 2], 14, "14 steps (all of --epochs 2)"),
+        (["--max_steps", 3, "--epochs", 2], 3, "3 steps (as --max_steps says)"),
+        (["--max_steps", 0, "--epochs", 2], 14, "14 steps (all of --epochs 2)"),
+        (["--max_steps", 0], 7, "7 steps (all of --epochs 1)"),
+        ([], 60, "60 steps (neither --max_steps nor --epochs is given)"),
+    ],
+    ids=str,
+)
+def test_which_flag_decides_is_said(base, run, tmp_path, flags, steps, says):
+    """52 recipes in batches of 8 are 7 steps an epoch."""
+    without = base[: base.index("--max_steps")] + base[base.index("--max_steps") + 2 :]
+    code, out, err = run(*without, "--eval_every", 100, "--out", tmp_path / "out", *flags)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["steps"] == steps and says in err
+
+
+def test_epochs_of_a_resume_decide_over_the_steps_of_before(base, run, tmp_path):
+    ok(run(*base, "--max_steps", 2, "--out", tmp_path / "out"))
+    code, out, err = run("--resume", "--out", tmp_path / "out", "--epochs", 1)
+    assert code == 0 and "7 steps (all of --epochs 1)" in err
+    assert "the schedule was for 2 steps and is for 7" in err
+    assert json.loads(out.splitlines()[-1])["steps"] == 7
+    config = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
+    assert (config["max_steps"], config["epochs"]) == (None, 1)
+
+
+# --- what a run reads, and what it leaves ---
+
+
+def test_a_base_inside_the_runs_folder_is_not_moved_away(base, run, tmp_path):
+    ok(run(*base, "--out", tmp_path / "out", "--lora_r", 0, "--max_steps", 1))
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    flags = ["--model", tmp_path / "out/best", "--out", tmp_path / "out", "--lora_r", 0]
+    code, out, err = run(*base, *flags)
+    assert code == 2 and not out and "name another --out" in err.splitlines()[-1]
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+    ok(run(*base, *flags[:2], "--out", tmp_path / "two", "--lora_r", 0, "--max_steps", 1))
+
+
+def test_an_adapter_in_the_runs_folder_is_read_before_it_is_moved(base, run, tmp_path):
+    out = tmp_path / "out"
+    ok(run(*base, "--out", out))
+    ok(run(*base, "--out", out, "--init_adapter", out / "best"))
+    assert metrics(out)[0]["val_loss"] == metrics(tmp_path / "out.1")[-1]["val_loss"]
+
+
+def test_all_weights_are_saved_as_a_whole_model_even_if_the_base_is_gone(
+    base, run, tmp_path, monkeypatch
+):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    model = make_model(tmp_path / "model")
+    before_training = train.before_training
+
+    def base_is_deleted(job):
+        for file in model.iterdir():
+            file.unlink()
+        before_training(job)
+
+    monkeypatch.setattr(train, "before_training", base_is_deleted)
+    ok(run(*base, "--model", model, "--out", tmp_path / "out", "--lora_r", 0, "--max_steps", 1))
+    for folder in (tmp_path / "out", tmp_path / "out/best"):
+        LlamaForCausalLM.from_pretrained(folder)
+        assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
+
+
+def test_a_resume_says_which_torch_and_which_program_saved_the_state(
+    base, run, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    ok(run(*base, "--out", out))
+    code, _, err = run("--resume", "--out", out, "--max_steps", 7)
+    assert code == 0 and "losses may differ" not in err
+    monkeypatch.setattr(train.disk, "program", lambda: "another")
+    code, _, err = run("--resume", "--out", out, "--max_steps", 8)
+    assert code == 0 and "is another: losses may differ in their last digits" in err
+
+
+def test_a_run_of_an_earlier_version_is_resumed(base, run, tmp_path):
+    """Its run.json has no id and no hash of the program, its lengths are numbers, its state has neither."""
+    out = tmp_path / "out"
+    ok(run(*base, "--out", out))
+    about = json.loads((out / "run.json").read_text())
+    del about["id"], about["versions"]["program"]
+    about["config"] |= {"max_steps": 6, "epochs": 1}
+    (out / "run.json").write_text(json.dumps(about))
+    with safetensors.safe_open(out / "state.safetensors", "pt") as f:
+        metadata = {key: f.metadata()[key] for key in ("format", "facts", "scalars", "shapes")}
+    tensors = {k: t.clone() for k, t in load_file(out / "state.safetensors").items()}
+    safetensors.torch.save_file(tensors, out / "state.safetensors", metadata=metadata)
+    code, _, err = run("--resume", "--out", out, "--max_steps", 8)
+    assert code == 0 and "torch was an earlier version" in err
+    assert [line["step"] for line in metrics(out)] == list(range(9))
+
+
+def test_names_that_are_no_utf_8_and_home_folders(base, run, tmp_path, monkeypatch, tiny_recipes):
+    """A Latin-1 name of --data and --out, and ~ in quotes or behind a =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    heap = tmp_path / os.fsdecode(b"rag\xf9.jsonl")
+    try:
+        heap.write_bytes(tiny_recipes.read_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    monkeypatch.setattr(train, "say", lambda *_: None)
+    out = os.fsdecode(b"cr\xe8me")
+    flags = ["--data", "~/" + heap.name, f"--out=~/{out}", "--max_steps", 1]
+    ok(run(*base, *flags))
+    about = json.loads((tmp_path / out / "run.json").read_bytes().decode("utf-8"))
+    assert about["config"]["data"] == [str(heap)]
+    assert about["config"]["out"] == str(tmp_path / out)
+    for name in ("--out", "--data", "--init_adapter", "--model", "--val_data"):
+        code, _, err = run(*base, f"{name}=~nobody-here/x")
+        assert code == 2 and f"{name} ~nobody-here/x: there is no user" in err
 
 
 def test_out_of_memory_says_which_flags_help(base, run, tmp_path, monkeypatch):
