@@ -64,7 +64,7 @@ def add_flags(parser, config):
     for field in dataclasses.fields(config):
         default = default_of(field)
         text = texts.get(field.name, "")
-        if default not in ("", []):
+        if default not in ("", [], None):
             text += f" (default: {default})"
         # argparse takes a % for the beginning of a format.
         text = text.replace("%", "%%")

@@ -169,7 +169,7 @@ def load_dataset(names, flag, cfg, rules, text, held=()):
 
     names: what was given for the flag. held: files whose recipes, and recipes like them, are dropped."""
     files = hub.recipe_files(names, flag, disk.cache_folder(cfg.cache))
-    held = [Path(name).resolve() for name in held]
+    held = [Path(disk.user_path(name, "--val_data")).resolve() for name in held]
     source = TokenFile(tokenise(files, cfg, rules, text, held))
     rows, account = drop_long(source, text, cfg.max_len)
     if not len(rows):
@@ -184,13 +184,15 @@ def load_dataset(names, flag, cfg, rules, text, held=()):
 
 
 def fingerprint(dataset, held):
-    """A hash of all tokens, of the dataset's rows and of the held-out rows.
+    """A hash of all rows of the dataset and the held-out rows. --resume refuses to go on where the hash differs."""
+    rows = dataset.rows.tobytes() + held.rows[held.indices].tobytes()
+    return hashlib.sha256(rows).hexdigest()[:16]
 
-    --resume refuses to go on where the hash differs: other data, another tokenizer, another chat template."""
-    sha = hashlib.sha256(dataset.rows.tobytes() + held.rows[held.indices].tobytes())
-    for one in (dataset, held):
-        sha.update(one.account["tokens_sha256"].encode())
-    return sha.hexdigest()[:16]
+
+def about_data(dataset, held):
+    """What run.json says of the data: two hashes that tell it from other data, another tokenizer or chat template."""
+    tokens = [one.account["tokens_sha256"] for one in (dataset, held)]
+    return {"data_fingerprint": fingerprint(dataset, held), "data_tokens": tokens}
 
 
 # --- which recipe is in which batch ---
@@ -502,10 +504,12 @@ class Show:
 def write_cleaned(cfg, rules, to):
     """--to: write the recipes that the rules leave, for other programs."""
     files = hub.recipe_files(cfg.data, "--data", disk.cache_folder(cfg.cache))
-    held = [Path(name) for name in cfg.val_data]
+    held = [Path(disk.user_path(name, "--val_data")) for name in cfg.val_data]
     account = Account()
     kept = recipes.clean(files, rules, account, cfg.allow_bad, held, whole=True)
-    sources.save((recipes.row_of(judged.recipe) for judged in kept), Path(to))
+    sources.save(
+        (recipes.row_of(judged.recipe) for judged in kept), Path(disk.user_path(to, "--to"))
+    )
     print(f"{account.kept} of {account.read} recipes are in {to}")
 
 

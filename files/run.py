@@ -67,6 +67,7 @@ IDENTITY = {
     "base_fingerprint": "base model",
     "base_tensors": "base model (a tensor of its)",
     "data_fingerprint": "data",
+    "data_tokens": "text of the data (or its tokenizer or chat template)",
     "dtype": "dtype of the weights",
     "arithmetic": "dtype of the arithmetic (--dtype)",
 }

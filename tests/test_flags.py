@@ -250,7 +250,9 @@ def flag_table(configs):
         helps = cli.helps(config)
         for f in dataclasses.fields(config):
             default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-            shown = {"": "", "[]": "", "True": "on", "False": "off"}.get(str(default), str(default))
+            shown = {"": "", "[]": "", "None": "", "True": "on", "False": "off"}.get(
+                str(default), str(default)
+            )
             rows.append(f"| `--{f.name}` | {shown} | {helps[f.name].replace('|', chr(92) + '|')} |")
     return "\n".join(rows)
 
