@@ -163,7 +163,7 @@ def make_model(folder, shape):
         "model.safetensors.index": {"metadata": {}, "weight_map": shard_of_tensor},
     }
     for name, config in configs.items():
-        (folder / f"{name}.json").write_text(json.dumps(config))
+        (folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "done").touch()
 
 
@@ -289,7 +289,8 @@ def run_row(cfg, name, root):
     done = subprocess.run(
         train_command(cfg, row, steps, [root / cfg.shape, recipes, held_out, out]),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         cwd=Path(__file__).parent,
         check=False,
     )
@@ -325,7 +326,8 @@ def train_command(cfg, row, steps, paths):
 
 def rates_of_run(out, row):
     """Tokens a second and padding of the steps that count; for sorted rows also the speed of new lengths."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in metrics.splitlines()]
     steps = lines[1:]
     counted = steps[2 * SORTED_BATCHES :] if row.is_sorted else steps[WARM_UP:]
     found = summary_of_rates([step["tokens_per_s"] for step in counted])
@@ -359,7 +361,7 @@ FIGURES = [
 
 def figures_of_run(out):
     """The figures that train.py measured. Seconds to the first step count from the start of its process."""
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     found = {name: summary[name] for name in FIGURES}
     found["peak_gb"] = summary["peak_mem_gb"]
     found["reserved_gb"] = summary["reserved_mem_gb"]

@@ -11,12 +11,17 @@ program imports this file before torch, so what OpenMP must find in the environm
 """
 
 import argparse
+import codecs
+import contextlib
 import dataclasses
 import errno
 import inspect
+import io
 import itertools
+import json
 import os
 import re
+import select
 import sys
 import threading
 import time
@@ -37,6 +42,15 @@ STARTED = time.time()
 # A user's own choice stays.
 if os.environ.setdefault("OMP_WAIT_POLICY", "passive") == "passive":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# A program that is started with `>&-` or `2>&-` has no such descriptor. The next file that is opened would get its
+# number, and whatever a library prints there would go into that file. So put /dev/null there, before torch is imported.
+for number in range(3):
+    try:
+        os.fstat(number)
+    except OSError:
+        # The system gives the lowest number that is free: this one.
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 (takes no keyword)
 
 
 class UserError(Exception):
@@ -140,6 +154,158 @@ def bound(config, **bounds):
             raise UserError(f"--{name} {value} is out of range: it must be at least {low}{most}.")
 
 
+# --- stdout and stderr: what they cannot encode, and when they go away ---
+
+
+def json_escapes(error):
+    """The codec error handler of stdout and stderr: a character that cannot be encoded is written as JSON writes it.
+
+        in ASCII            ½ becomes \\u00bd, 🍰 becomes \\ud83c\\udf70
+        in any encoding     the byte e9 of a file name that is no UTF-8 becomes \\udce9
+
+    So a line of JSON stays JSON, with the same content. Text that is no JSON gets the same escapes.
+    Proof: tests/test_cli.py: test_what_stdout_cannot_encode_is_escaped_as_json_is."""
+    characters = error.object[error.start : error.end]
+    escaped = json.dumps(characters)[1:-1]
+    return escaped, error.end
+
+
+codecs.register_error("json_escapes", json_escapes)
+
+
+class Terminal:
+    """What becomes of stdout and stderr when nobody takes what is written there.
+
+    A terminal hangs up, the `head` behind a pipe ends, the disk behind `> file` is full. What then happens:
+
+        stdout of a program that prints its results     an error; the program ends
+        stdout of train.py; stderr of any program       lost: the program goes on, and writes into its log
+
+    Why: what train.py makes is in the run's folder, so no step may depend on a line that is shown beside it.
+    What was said before the folder is known is kept for the log. A program without a log drops the rest.
+    Proof: tests/test_cli.py: test_training_goes_on_without_its_terminal, test_a_lost_stderr_ends_no_program."""
+
+    def __init__(self):
+        # Reentrant, because a signal's handler may write while this thread is inside.
+        self.lock = threading.RLock()
+        self.lost = []  # the numbers of the lost descriptors, 1 and 2
+        self.log = None  # path of the file in the place of a lost descriptor; None: not known yet
+        self.unwritten = []  # bytes for the log, until its path is known
+        self.error = None  # the error that a stdout of results raised
+
+    def lose(self, number, why, unsaid=b""):
+        """Descriptor `number` takes no more. unsaid: the bytes that it did not take"""
+        with self.lock:
+            if number in self.lost:
+                # The log takes no more either, for example because the disk is full.
+                return
+            self.lost.append(number)
+            if number == 2:
+                PULSE.hide_bars()
+            # Drop what drew a bar: its line is no line of a log.
+            if unsaid.startswith(b"\r"):
+                unsaid = b""
+            note = f"{'terminal':<12} {NAMES[number]} was closed ({why}): going on without it\n"
+            self.unwritten += [note.encode(), unsaid]
+            self.redirect(os.devnull)
+            self.write_log()
+        if number == 1 and 2 not in self.lost:
+            say("terminal", f"stdout was closed ({why}): going on without it")
+
+    def keep(self, number, data):
+        """Keep bytes for the log where their descriptor is lost and the log is not known. -> whether it is so"""
+        with self.lock:
+            is_kept = number in self.lost and self.log is None
+            if is_kept:
+                self.unwritten.append(data)
+            return is_kept
+
+    def log_to(self, path):
+        """Name the log. The file is only written where a descriptor is lost."""
+        with self.lock:
+            self.log = path
+            self.write_log()
+
+    def write_log(self):
+        """Write what was kept into the log, and put the log in the place of the lost descriptors."""
+        if self.log is None or not self.lost:
+            return
+        self.redirect(self.log)
+        with contextlib.suppress(OSError):
+            os.write(self.lost[0], b"".join(self.unwritten))
+        self.unwritten = []
+
+    def redirect(self, path):
+        """Open a file as the lost descriptors, so that also libraries and child processes write there."""
+        # A log that cannot be written is no reason to end either.
+        with contextlib.suppress(OSError):
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            for number in self.lost:
+                os.dup2(file, number)
+            os.close(file)
+
+
+TERMINAL = Terminal()
+
+# The names of the descriptors.
+NAMES = {1: "stdout", 2: "stderr"}
+
+
+class Outlet(io.FileIO):
+    """The raw end of sys.stdout or sys.stderr, below Python's buffers. TERMINAL hears of a write that fails."""
+
+    def __init__(self, number, has_results):
+        """has_results: whether what is written here is what the program is for, so that an error ends it"""
+        super().__init__(number, "w", closefd=False)
+        self.has_results = has_results
+
+    def write(self, data):
+        data = bytes(data)
+        number = self.fileno()
+        if TERMINAL.keep(number, data):
+            return len(data)
+        try:
+            return self.write_waiting(data)
+        except OSError as e:
+            if self.has_results:
+                TERMINAL.error = e
+                raise
+            TERMINAL.lose(number, e.strerror, data)
+            return len(data)
+
+    def write_waiting(self, data):
+        """Write to a descriptor that another program may have made non-blocking: wait until there is room."""
+        written = super().write(data)
+        while written is None:
+            select.select([], [self], [])
+            written = super().write(data)
+        return written
+
+
+def guarded(number, stream, original, has_results):
+    """A stream like sys.stdout or sys.stderr, `stream`, over an Outlet. original: what Python began with"""
+    # Leave a stream alone that somebody put there, for example pytest.
+    if stream is not original:
+        return stream
+    buffer = io.BufferedWriter(Outlet(number, has_results))
+    if stream is None:
+        # Closed from the start, `2>&-`: the descriptor is /dev/null since this file was imported.
+        TERMINAL.lose(number, "closed")
+        return io.TextIOWrapper(buffer, "utf-8", "json_escapes", line_buffering=True)
+    stream.flush()
+    by_line = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, "json_escapes", line_buffering=by_line)
+
+
+def guard_streams(outlives_terminal):
+    """Put streams over Outlets in the place of sys.stdout and sys.stderr."""
+    if not outlives_terminal:
+        TERMINAL.log_to(os.devnull)
+    sys.stderr = guarded(2, sys.stderr, sys.__stderr__, has_results=False)
+    has_results = not outlives_terminal
+    sys.stdout = guarded(1, sys.stdout, sys.__stdout__, has_results)
+
+
 # --- receipts, and how a program ends ---
 
 
@@ -185,14 +351,24 @@ class Pulse:
             if now - self.last < self.QUIET:
                 continue
             self.last = now
-            if self.bars:
+            if self.bars and is_shown(self.bars[-1]):
                 self.bars[-1].refresh()
                 continue
             seconds = now - self.last_line
             print(f"{'…':<12} {seconds:.0f} s since the last line", file=sys.stderr, flush=True)
 
+    def hide_bars(self):
+        """Draw no bar any more, because the terminal is gone."""
+        for bar in self.bars:
+            bar.disable = True
+
 
 PULSE = Pulse()
+
+
+def is_shown(bar):
+    """Whether a bar is on a terminal. tqdm's bars have this switch themselves."""
+    return bar is not None and not bar.disable
 
 
 # Errors of the system that a user can mend: the disk is full, or the folder cannot be written.
@@ -207,18 +383,18 @@ CANNOT_WRITE = {
 }
 
 
-def run(main):
-    """Call main(); turn a user's mistake, a full disk, Ctrl-C and a closed pipe into a sentence and an exit code."""
+def run(main, outlives_terminal=False):
+    """Call main(); turn a user's mistake, a full disk, Ctrl-C and a closed pipe into a sentence and an exit code.
+
+    outlives_terminal: whether main's work is in files, so that it goes on where stdout goes away (see Terminal)"""
+    guard_streams(outlives_terminal)
     PULSE.start()
     code, message = outcome(main)
     if message:
         print(message, file=sys.stderr)
-    try:
+    # What stdout did not take was told above.
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
-    except OSError:
-        # Send stdout nowhere. Else Python would try to write the rest once more at its end, and print a traceback.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
     leave(code)
 
 
@@ -235,18 +411,33 @@ def leave(code):
 def outcome(main):
     """(exit code, what to tell the user) of main()."""
     try:
-        code = main() or 0
+        code = code_of(main)
         # Flushed here, where a full disk or a closed pipe still becomes a sentence.
         sys.stdout.flush()
     except UserError as e:
         return 2, f"error: {e}"
     except KeyboardInterrupt:
         return 130, "stopped."
-    except BrokenPipeError:  # `python data.py --json | head`
-        return 0, ""
     except (MemoryError, OSError) as e:
+        if e is TERMINAL.error:
+            return of_stdout(e)
         return 1, of_the_host(e)
     return code, ""
+
+
+def code_of(main):
+    """The exit code of main(), also where argparse ends the program after --help."""
+    try:
+        return main() or 0
+    except SystemExit as e:
+        return e.code or 0
+
+
+def of_stdout(error):
+    """(exit code, what to tell the user) where stdout did not take the results of a program."""
+    if error.errno == errno.EPIPE:  # `python data.py --json | head`
+        return 0, ""
+    return 1, cannot_write(error)
 
 
 def of_the_host(error):
@@ -309,7 +500,7 @@ class Progress:
 
     def step(self, n=1, text=""):
         self.done += n
-        if self.bar is not None:
+        if is_shown(self.bar):
             PULSE.heard()
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(n)

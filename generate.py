@@ -16,13 +16,16 @@ V vocabulary.
 
 from cli import PULSE, UserError, say
 
+import json
+import math
+import os
+import re
 import time
 from collections import deque
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 import model as models
 from speed.compiled import not_compiled
@@ -140,6 +143,9 @@ def choose(logits, sampling, keys, pos, seen):
 
 # --- the engine ---
 
+# The Scheduler gets this id where the model computed NaN or inf.
+NO_TOKEN = -1
+
 
 @dataclass
 class Rows:
@@ -151,6 +157,7 @@ class Rows:
     pos: torch.Tensor  # [B], where that token stands
     keys: torch.Tensor  # [B], of the noise
     seen: torch.Tensor  # [B, V], whether the row holds the token already
+    logit: torch.Tensor  # [B], of the token chosen last; NaN where any logit of the row was NaN
 
     @classmethod
     def empty(cls, B, V, device):
@@ -159,6 +166,7 @@ class Rows:
             pos=torch.zeros(B, dtype=torch.long, device=device),
             keys=torch.zeros(B, dtype=torch.long, device=device),
             seen=torch.zeros(B, V, dtype=torch.bool, device=device),
+            logit=torch.zeros(B, device=device),
         )
 
     def only(self, which):
@@ -166,7 +174,8 @@ class Rows:
         pos = self.pos[which]
         keys = self.keys[which]
         seen = self.seen[which]
-        return Rows(token, pos, keys, seen)
+        logit = self.logit[which]
+        return Rows(token, pos, keys, seen, logit)
 
 
 def write_token(model, h, rows, which, sampling):
@@ -179,6 +188,9 @@ def write_token(model, h, rows, which, sampling):
     seen = rows.seen[which]
     token = choose(logits, sampling, keys, pos, seen)
     rows.token[which] = token
+    # argmax takes a NaN for the largest, so the logit of the choice tells whether one was there. See Engine.send.
+    best = logits.gather(1, token[:, None])  # [n, 1]
+    rows.logit[which] = best[:, 0].float()
     # Write True, as a comparison that always holds: a plain True would be copied from the host.
     rows.seen[which, token] = token >= 0
 
@@ -268,16 +280,18 @@ class Engine:
         """Begin to copy the tokens chosen last to the host. -> a function that waits for them and returns them
 
         The copy stands in the GPU's queue behind the step that chose the tokens. So the host can launch the next step
-        before it waits for this copy."""
+        before it waits for this copy. A token that was chosen by NaN or inf is returned as NO_TOKEN."""
         if self.device.type != "cuda":
-            return self.rows.token.tolist
+            tokens = told(self.rows.token, self.rows.logit)
+            return lambda: tokens
 
-        host = self.rows.token.to("cpu", non_blocking=True)
+        token = self.rows.token.to("cpu", non_blocking=True)
+        logit = self.rows.logit.to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event()
 
         def wait():
             arrived.synchronize()
-            return host.tolist()
+            return told(token, logit)
 
         return wait
 
@@ -363,6 +377,14 @@ class Engine:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+
+def told(token, logit):
+    """What the Scheduler hears of tokens [B] and their logits [B]: ids, and NO_TOKEN where a logit is no number.
+
+    Why here: on the GPU a text goes on with some valid id, so that no lookup is out of range."""
+    pairs = zip(token.tolist(), logit.tolist(), strict=True)
+    return [token if math.isfinite(logit) else NO_TOKEN for token, logit in pairs]
 
 
 def on_one_gpu(model):
@@ -485,6 +507,11 @@ class Scheduler:
 
     def take(self, i, token):
         """Add a token to text i. -> whether the text is finished"""
+        if token == NO_TOKEN:
+            raise UserError(
+                "the model computed NaN or inf in the place of a token's logit: its weights or its adapter hold one, "
+                "or --dtype fp16 is too small for it; try --dtype fp32."
+            )
         if token in self.ends:
             return True
         ids = self.texts[i]
@@ -512,17 +539,109 @@ def generate(model, prompts, ends, numbers=None, on_token=None, **how):
     return texts, ended
 
 
-class Stream:
-    """Prints one text token by token. A character whose bytes are spread over tokens is printed once it is whole."""
+# --- from ids to what is shown ---
 
-    def __init__(self, tokenizer, prompt):
-        self.tokenizer = tokenizer
-        self.decoder = DecodeStream(skip_special_tokens=True)
-        # Decode the prompt first, because a tokenizer may take the space off the first token that it decodes.
-        for token in prompt:
-            self.decoder.step(self.tokenizer, token)
+
+def said(text, prompt, ids):
+    """The text that `ids` add behind the ids of a prompt.
+
+    Decode prompt and ids together, because a tokenizer may take the space off the first token that it decodes."""
+    return behind(text.decode(prompt), text.decode(prompt + ids))
+
+
+def behind(before, whole):
+    """What stands in `whole` behind the beginning that it shares with `before`.
+
+    A prompt may end in half a character, which its next token completes. With � for the half of a –:
+
+        before "3�"    whole "3– 4"    behind "– 4"        (whole[len(before):] would lose the –)"""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    shared = os.path.commonprefix([before, whole])
+    return whole[len(shared) :]
+
+
+# Decoders of the package tokenizers that leave the text of earlier tokens as it is when a token is added. ByteFallback
+# and ByteLevel may change the character that they are in: see Stream.add.
+# fmt: off
+ADDING = {"BPEDecoder", "ByteFallback", "ByteLevel", "CTC", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
+# fmt: on
+# Behind one of the JOINING a decoder sees a single text. There Replace may make one character of the last of this text
+# and the first of the next token, so only these two leave the beginning alone.
+JOINING = {"ByteLevel", "Fuse"}
+ADDING_TO_A_TEXT = {"Fuse", "Strip"}
+
+
+def only_adds(decoder):
+    """Whether a tokenizer's decoder leaves earlier text as it is when a token is added. None puts spaces between."""
+    if decoder is None:
+        return True
+    settings = json.loads(decoder.__getstate__())
+    allowed = ADDING
+    for stage in settings.get("decoders", [settings]):
+        if stage["type"] not in allowed:
+            return False
+        if stage["type"] in JOINING:
+            allowed = ADDING_TO_A_TEXT
+    return True
+
+
+class Stream:
+    """Prints one text as its tokens come: in the end exactly what `said` returns.
+
+    A piece of text is printed once no later token can change it. So a character whose bytes are spread over tokens
+    comes whole. Where the decoder is none that is known to leave earlier text alone, all comes at the end.
+    Proof: tests/test_generate.py: test_a_streamed_text_is_the_text_of_all_its_ids."""
+
+    # Decode at most about this many ids for a token, and keep this many when older ones are left out.
+    WINDOW = 256
+    KEPT = 16
+
+    def __init__(self, text, prompt):
+        self.text = text
+        self.ids = list(prompt)  # what is decoded
+        self.before = text.decode(prompt)  # what of it is printed, or belongs to the prompt
+        self.only_adds = only_adds(text.tokenizer.decoder)
 
     def add(self, token):
-        piece = self.decoder.step(self.tokenizer, token)
-        print(piece or "", end="", flush=True)
-        PULSE.heard()
+        self.ids.append(token)
+        if not self.only_adds or not self.settles(token):
+            return
+        whole = self.text.decode(self.ids)
+        # Half a character is decoded to U+FFFD: wait for its other half.
+        if not whole.endswith("\ufffd"):
+            self.show(whole)
+            self.forget()
+
+    def settles(self, token):
+        """Whether the text up to this token is final, but for half a character at its end.
+
+        ByteFallback decodes a run of tokens <0xE2> <0x80> <0x93> as a whole: to characters where all of the run is
+        UTF-8, else to a � for each byte. So only another token with a text makes a run final."""
+        piece = self.text.tokenizer.id_to_token(token) or ""
+        if re.fullmatch("<0x..>", piece):
+            return False
+        return self.text.decode([token]) != ""
+
+    def show(self, whole):
+        piece = behind(self.before, whole)
+        self.before = whole
+        if piece:
+            print(piece, end="", flush=True)
+            PULSE.heard()
+
+    def forget(self):
+        """Leave out old ids, because to decode 8,000 takes 1.5 ms.
+
+        The ids that are kept must have a text: a decoder treats the first token that has one in its own way."""
+        if len(self.ids) <= self.WINDOW:
+            return
+        kept = self.ids[-self.KEPT :]
+        text = self.text.decode(kept)
+        if text:
+            self.ids = kept
+            self.before = text
+
+    def end(self):
+        """Print the rest: no token comes any more."""
+        self.show(self.text.decode(self.ids))

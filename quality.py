@@ -1,6 +1,6 @@
 """How good a model is: its loss on held-out recipes, and what can be counted in the texts that it writes."""
 
-from cli import Progress
+from cli import Progress, UserError, say
 
 import re
 from collections import Counter
@@ -45,7 +45,7 @@ def show_recipe(model, text, title, seed):
     was_training = model.training
     model.eval()
     prompt = text.prompt(title)
-    stream = Stream(text.tokenizer, prompt)
+    stream = Stream(text, prompt)
     print(title, end="", flush=True)
     try:
         (ids,), (ended,) = generate(
@@ -55,6 +55,11 @@ def show_recipe(model, text, title, seed):
             on_token=lambda _, token: stream.add(token),
             seed=seed,
         )
+        stream.end()
+    except UserError as e:
+        # The model computed NaN. The caller's losses tell what that means for training.
+        say("recipe", f"left out: {e}")
+        return
     finally:
         # Put the mode back after an error, too: where memory ran out, the caller goes on training.
         model.train(mode=was_training)

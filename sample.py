@@ -32,7 +32,7 @@ import quant
 import recipes
 from files import disk, hub
 from files.run import read_run
-from generate import Engine, Sampling, Scheduler, Stream
+from generate import Engine, Sampling, Scheduler, Stream, said
 from speed import compiled, memory, precision
 from speed.loss import chunked
 from text import Text
@@ -41,12 +41,12 @@ from text import Text
 @dataclass
 class Config:
     # fmt: off
-    run: str = ""                      # folder of a train.py run, or its best/; default: out, but none with --model
-    model: str = ""                    # base model (folder, .gguf, org/name) to sample; with --run: its adapter's base
-    title: str = ""                    # title of the recipe to write; none: a title from the run's held-out recipes
-    ingredients: str = ""              # ingredients of the recipe to write, separated by commas; needs --title
-    prompt: str = ""                   # free text for the model to continue, instead of a recipe title
-    prompts: str = ""                  # file of prompts: one a line, or JSON lines with "prompt", or "title"
+    run: str | None = None             # folder of a train.py run, or its best/; default: out, but none with --model
+    model: str | None = None           # base model (folder, .gguf, org/name) to sample; with --run: its adapter's base
+    title: str | None = None           # title of the recipe to write; none: a title from the run's held-out recipes
+    ingredients: str | None = None     # ingredients of the recipe to write, separated by commas; needs --title
+    prompt: str | None = None          # free text for the model to continue, instead of a recipe title
+    prompts: str | None = None         # file of prompts: one a line, or JSON lines with "prompt", or "title"
     chat: bool = False                 # wrap each prompt as a user message in the model's own chat template
     json: bool = False                 # print each written text as one JSON line on stdout, in the order of the prompts
     eval: int = 0                      # compare base model and run on this many held-out titles; 0: write texts
@@ -83,12 +83,19 @@ def check(cfg):
         batch_size=1,
         seed=(0, 2**63),
     )
-    given = [flag for flag in (cfg.title, cfg.prompt, cfg.prompts, cfg.eval) if flag]
-    if len(given) > 1:
+    # A flag that is given empty is given: "$TITLE" of a shell may be empty by mistake.
+    for name in ("run", "model", "prompts", "cache"):
+        if getattr(cfg, name) == "":
+            raise UserError(f'--{name} "" names nothing: give a name, or leave the flag out.')
+    given = [text for text in (cfg.title, cfg.prompt, cfg.prompts) if text is not None]
+    if len(given) + bool(cfg.eval) > 1:
         raise UserError("--title, --prompt, --prompts and --eval exclude each other.")
-    if cfg.ingredients and not cfg.title:
-        raise UserError("--ingredients needs --title: a recipe's text begins with its title.")
-    if cfg.chat and not (cfg.prompt or cfg.prompts):
+    if cfg.ingredients is not None:
+        if cfg.title is None:
+            raise UserError("--ingredients needs --title: a recipe's text begins with its title.")
+        if not recipe_beginning(cfg.ingredients):
+            raise UserError("--ingredients names no ingredient: give some, or leave the flag out.")
+    if cfg.chat and cfg.prompt is None and cfg.prompts is None:
         raise UserError("--chat needs --prompt or --prompts: what the user says.")
 
 
@@ -121,14 +128,12 @@ class Asked:
 
 def all_asked(cfg, text, info):
     """Every text to write, num_samples for each prompt, in the order of the prompts."""
-    rows = prompt_rows(cfg, info)
-    # Python hands over bytes of the command line that are no UTF-8 as lone surrogates.
-    if re.search("[\ud800-\udfff]", json.dumps(rows, ensure_ascii=False)):
-        raise UserError(
-            "a prompt holds a lone surrogate, or bytes that are no UTF-8: no tokenizer takes it."
-        )
     asked = []
-    for row in rows:
+    for row in prompt_rows(cfg, info):
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise UserError(
+                "a prompt holds a lone surrogate, or bytes that are no UTF-8: no tokenizer takes it."
+            )
         ids, shown = beginning(text, row, cfg.chat)
         if not ids:
             raise UserError("a prompt is empty, and this model has no BOS token to begin with.")
@@ -136,15 +141,27 @@ def all_asked(cfg, text, info):
     return asked
 
 
+def typed(text):
+    """A text of the command line. Python gives bytes that its locale cannot read as lone surrogates.
+
+    In the C locale that is each byte beyond ASCII: read as UTF-8 they are what was typed."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        # No UTF-8: all_asked refuses the surrogates.
+        return text
+
+
 def prompt_rows(cfg, info):
     """[{"prompt"} or {"title", "ingredients"}], as the flags name them; with none of these a held-out title."""
-    if cfg.prompts:
+    if cfg.prompts is not None:
         return read_prompts(cfg.prompts)
-    if cfg.prompt:
-        return [{"prompt": cfg.prompt}]
+    if cfg.prompt is not None:
+        return [{"prompt": typed(cfg.prompt)}]
+    if cfg.title is not None:
+        return [{"title": typed(cfg.title), "ingredients": typed(cfg.ingredients or "")}]
     titles = info["titles"] if info else ["Pumpkin Bread"]
-    title = cfg.title or titles[cfg.seed % len(titles)]
-    return [{"title": title, "ingredients": cfg.ingredients}]
+    return [{"title": titles[cfg.seed % len(titles)]}]
 
 
 def read_prompts(path):
@@ -160,9 +177,9 @@ def read_prompts(path):
             continue
         try:
             rows.append(read_prompt(line.rstrip("\r")))
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(
-                f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e!r})."
+                f"{path}:{n}: no JSON object with prompt, or title and ingredients ({e})."
             ) from None
     if not rows:
         raise UserError(f"--prompts {path} holds no prompt.")
@@ -170,13 +187,38 @@ def read_prompts(path):
 
 
 def read_prompt(line):
-    if not line.lstrip().startswith("{"):
+    """The row of a line. Raises ValueError where a line that begins as JSON is no such row."""
+    if not line.lstrip().startswith(("{", "[{")):
         return {"prompt": line}
-    row = json.loads(line)
-    first = row["prompt"] if "prompt" in row else row["title"]
-    # Join them only to raise a TypeError where one is no text.
-    "".join([first, *row.get("ingredients", "")])
+    row = json.loads(line, object_pairs_hook=without_repeats)
+    if not isinstance(row, dict):
+        raise ValueError("a list: write an object a line")
+    what = "prompt" if "prompt" in row else "title"
+    known = {"prompt"} if what == "prompt" else {"title", "ingredients"}
+    unknown = sorted(row.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"beside {what!r} it has {', '.join(unknown)}, which this program does not use"
+        )
+    if not isinstance(row.get(what), str):
+        raise ValueError(f"{what} is no text")
+    if not are_ingredients(row.get("ingredients", "")):
+        raise ValueError("ingredients are neither a text nor a list of texts")
     return row
+
+
+def without_repeats(pairs):
+    """The dict of a JSON object's (key, value) pairs. ValueError where a key stands twice: json takes the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return row
+
+
+def are_ingredients(value):
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
 
 
 def beginning(text, row, chat=False):
@@ -225,7 +267,7 @@ class Source:
 def find(cfg):
     """The Source that --run and --model name."""
     cache = disk.cache_folder(cfg.cache)
-    if cfg.model and not cfg.run:
+    if cfg.model is not None and cfg.run is None:
         return Source(hub.resolve(cfg.model, cache))
 
     run = Path(cfg.run or "out")
@@ -313,7 +355,7 @@ def answer(cfg):
     numbers = [one.number for one in asked]
     stream = None
     if len(asked) == 1 and not cfg.json:
-        stream = Stream(text.tokenizer, prompts[0])
+        stream = Stream(text, prompts[0])
     engine = Engine(model, prompts, sampling(cfg))
 
     began = time.time()
@@ -329,7 +371,7 @@ def answer(cfg):
 
     texts = Scheduler(engine, prompts, text.ends, numbers, on_token)
     if stream is not None:
-        replies = stream_one(cfg, text, asked, texts)
+        replies = stream_one(cfg, text, asked, texts, stream)
     else:
         replies = print_all(cfg, text, asked, progress.over(texts))
 
@@ -344,10 +386,11 @@ def answer(cfg):
     )
 
 
-def stream_one(cfg, text, asked, texts):
+def stream_one(cfg, text, asked, texts, stream):
     """Print the prompt; the Stream prints what follows. -> the one reply, in a list"""
     print(asked[0].shown + gap(cfg), end="", flush=True)
     replies = [reply(text, asked[i], ids, ended) for i, ids, ended in texts]
+    stream.end()
     print(flush=True)
     return replies
 
@@ -366,13 +409,9 @@ def print_all(cfg, text, asked, texts):
 
 def reply(text, one, ids, ended):
     """One text as a row of --json."""
-    # Decode prompt and text together, then cut the prompt off: a tokenizer may take the space off the first token that
-    # it decodes.
-    before = text.decode(one.ids)
-    said = text.decode(one.ids + ids)[len(before) :]
     return {
         "prompt": one.shown,
-        "text": said,
+        "text": said(text, one.ids, ids),
         "sample": one.number,
         "tokens": len(ids),
         "ended": ended,
@@ -405,7 +444,7 @@ def evaluate(cfg):
 
     ways = {
         "run": replace(cfg, run=str(run)),
-        "base": replace(cfg, run="", model=str(base), merge=False),
+        "base": replace(cfg, run=None, model=str(base), merge=False),
     }
     measures = {}
     for who, way in ways.items():
@@ -470,7 +509,8 @@ def written(cfg, who, model, titles, text):
         text.ends,
         on_token=lambda _, token: progress.step(0, f"{next(count)} tokens"),
     )
-    return [(text.decode(ids), ended) for _, ids, ended in progress.over(texts)]
+    finished = progress.over(texts)
+    return [(said(text, prompts[i], ids), ended) for i, ids, ended in finished]
 
 
 def recipe_batches(held, batch_size, device, mask_prompt):

@@ -430,6 +430,7 @@ def set_up():
         info = about(job, rules)
         job.title = info["titles"][data_cfg.seed % len(info["titles"])]
         job.run = Run(cfg.out, cfg.resume)
+        cli.TERMINAL.log_to(job.run.folder / "train.log")
         if cfg.resume:
             job.facts = job.run.go_on(info, optimizer, built.params, total)
             job.scale = precision.LossScale(built.compute, job.facts.loss_scale)
@@ -590,4 +591,4 @@ RESULT = ["steps", "val_loss_before", "val_loss_after", "tokens_per_s", "peak_me
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, outlives_terminal=True)

@@ -1,10 +1,15 @@
 """cli.py: flags from dataclasses, mistakes as a sentence and an exit code, progress on stderr."""
 
 import errno
+import fcntl
 import io
+import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -232,7 +237,14 @@ def test_a_disk_that_takes_no_more_is_one_line_that_names_the_file(capsys, numbe
 
 
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("ours"), OSError(errno.EIO, "Input/output error"), KeyError("x")]
+    "error",
+    [
+        ZeroDivisionError("ours"),
+        OSError(errno.EIO, "Input/output error"),
+        KeyError("x"),
+        # A pipe of our own, for example to a worker: it is not stdout that was closed.
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    ],
 )
 def test_an_error_of_ours_is_not_hidden(error):
     with pytest.raises(type(error)):
@@ -288,6 +300,227 @@ def test_results_that_find_no_space_are_an_error(letters):
         and err.startswith("error: cannot write: No space left on device")
         and err.count("\n") == 1
     )
+
+
+# ---- what stdout cannot encode ---------------------------------------------------------------------------------------
+
+ENCODINGS = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "latin-1"},
+    {"PYTHONIOENCODING": "cp1252"},
+    {"PYTHONIOENCODING": "utf-8"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LC_ALL": "C"},
+]
+# The last character is how Python has the byte e9 of a file name that is no UTF-8.
+STRANGE = "½ cup “crème” – 🍰 \udce9"
+
+
+def shell(command, env=None):
+    """A shell's command line in the project's folder. -> (exit code, stdout, stderr), both as bytes"""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env={**os.environ, "PY": sys.executable, **(env or {})},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("env", ENCODINGS, ids=str)
+@pytest.mark.parametrize("outlives", [False, True])
+def test_what_stdout_cannot_encode_is_escaped_as_json_is(tmp_path, env, outlives):
+    """A line of JSON is read back as it was, and a receipt and an error are no traceback."""
+    (tmp_path / "x.py").write_text(
+        f"""
+import cli, json
+def main():
+    text = {ascii(STRANGE)}
+    cli.say("read", text)
+    print(json.dumps([text], ensure_ascii=False))
+    raise cli.UserError(text)
+cli.run(main{", outlives_terminal=True" * outlives})
+""",
+        encoding="ascii",
+    )
+    code, out, err = shell(f"PYTHONPATH=. $PY {tmp_path / 'x.py'}", env)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    assert json.loads(out.decode(encoding)) == [STRANGE]
+    assert code == 2 and b"Traceback" not in err
+    receipt, sentence = err.decode(encoding).splitlines()
+    assert receipt.startswith("read") and sentence.startswith("error: ")
+    assert json.loads(f'"{sentence[7:]}"') == STRANGE
+
+
+def test_an_escape_is_what_json_writes():
+    """Written down by hand: four digits, and two surrogates for what is beyond them."""
+    assert "½🍰".encode("ascii", "json_escapes") == rb"\u00bd\ud83c\udf70"
+    assert "–\udce9".encode("latin-1", "json_escapes") == rb"\u2013\udce9"
+
+
+# ---- a terminal that goes away ---------------------------------------------------------------------------------------
+
+WORKER = """
+import cli, sys, time, warnings
+cli.PULSE.QUIET = 0.0
+def main():
+    bar = cli.Progress(40, "work", every=0)
+    for n in range(40):
+        print("text", n, flush=True)
+        bar.step(1, f"step {n}")
+        warnings.warn(f"warning {n}")
+        if n == 20:
+            cli.TERMINAL.log_to(sys.argv[1] + "/train.log")
+        time.sleep(0.01)
+    bar.close()
+    open(sys.argv[1] + "/done", "w").close()
+cli.run(main, outlives_terminal=True)
+"""
+
+# How a shell's user loses stdout, stderr or both. PROGRAM stands for the program with its arguments.
+LOST = {
+    "both into a closed pipe": ("PROGRAM 2>&1 | head -n 2", {"stdout", "stderr"}),
+    "stdout into a closed pipe": ("PROGRAM 2>/dev/null | head -n 2", {"stdout"}),
+    "stderr into a closed pipe": ("PROGRAM 2>&1 >/dev/null | head -n 2", {"stderr"}),
+    "stdout closed": ("PROGRAM >&- 2>/dev/null", {"stdout"}),
+    "stderr closed": ("PROGRAM 2>&- >/dev/null", {"stderr"}),
+    "both closed": ("PROGRAM >&- 2>&-", {"stdout", "stderr"}),
+    "all three closed": ("PROGRAM <&- >&- 2>&-", {"stdout", "stderr"}),
+    "stdout on a full disk": ("PROGRAM > /dev/full 2>/dev/null", {"stdout"}),
+    "both on a full disk": ("PROGRAM > /dev/full 2>&1", {"stdout", "stderr"}),
+}
+
+
+def lose(tmp_path, command, env=None):
+    """(exit code of the program, stderr of the shell, what its log says) of WORKER under a command of LOST."""
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    program = f"$PY {tmp_path / 'worker.py'} {tmp_path}"
+    line = command.replace("PROGRAM", f"PYTHONPATH=. {program}") + "; exit ${PIPESTATUS[0]}"
+    code, _, err = shell(line, env)
+    assert (tmp_path / "done").exists()
+    return code, err, (tmp_path / "train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command, lost", LOST.values(), ids=LOST.keys())
+def test_work_goes_on_without_its_terminal(tmp_path, command, lost, unbuffered):
+    """To its end, exit code 0. The log says what was lost, then what was said; before it was named, too."""
+    code, err, log = lose(tmp_path, command, {"PYTHONUNBUFFERED": unbuffered})
+    assert code == 0 and b"Traceback" not in err
+    lines = log.splitlines()
+    assert lines[0].startswith("terminal") and "was closed" in lines[0]
+    assert {line.split()[1] for line in lines if line.startswith("terminal")} == lost
+    for n in range(10, 40):
+        assert (f"text {n}" in lines) == ("stdout" in lost)
+        assert (f"warning {n}\n" in log) == ("stderr" in lost)
+        assert (f"step {n} " in log) == ("stderr" in lost)
+
+
+@pytest.mark.parametrize("end", ["2>&1 | head -n 2", ">&- 2>&-"])
+def test_training_goes_on_without_its_terminal(tmp_path, tiny_model, tiny_recipes, end):
+    """All steps, the adapter and the summary, exit code 0; train.log has what nobody took."""
+    flags = f"--model {tiny_model} --data {tiny_recipes} --cache {tmp_path}/cache --val_recipes 8"
+    flags += f" --max_steps 3 --device cpu --out {tmp_path}/out"
+    code, _, err = shell(f"$PY train.py {flags} {end}; exit ${{PIPESTATUS[0]}}")
+    assert code == 0 and err == b""
+    assert json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["steps"] == 3
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+    log = (tmp_path / "out/train.log").read_text(encoding="utf-8")
+    assert log.startswith("terminal     stderr was closed") and "val_loss_after" in log
+    assert "loaded " in log and "after step 3" in log and "Traceback" not in log
+
+
+def test_no_log_is_written_where_the_terminal_stays(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    code, out, _ = shell(f"PYTHONPATH=. $PY {tmp_path / 'worker.py'} {tmp_path}")
+    assert code == 0 and out.count(b"text") == 40 and not (tmp_path / "train.log").exists()
+
+
+def test_work_goes_on_when_the_terminal_hangs_up(tmp_path):
+    """An ssh session that ends: each write is EIO. Where a bar was, plain lines are in the log."""
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    mine, its = pty.openpty()
+    # 24 lines of 80 columns; a new terminal has none, and tqdm draws no bar there.
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    worker = subprocess.Popen(
+        [sys.executable, str(tmp_path / "worker.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+    )
+    os.close(its)
+    shown = b""
+    while b"text 3" not in shown:
+        shown += os.read(mine, 1000)
+    os.close(mine)
+    assert worker.wait(60) == 0 and (tmp_path / "done").exists()
+    assert b"\rwork" in shown
+    log = (tmp_path / "train.log").read_bytes()
+    assert log.startswith(b"terminal") and b"Input/output error" in log.splitlines()[0]
+    assert b"\r" not in log and b"40/40  step 39" in log
+
+
+def test_a_log_that_cannot_be_written_ends_no_work(tmp_path):
+    """For example on the disk that is full."""
+    (tmp_path / "train.log").mkdir()
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    code, _, _ = shell(f"PYTHONPATH=. $PY {tmp_path / 'worker.py'} {tmp_path} >&- 2>&-")
+    assert code == 0 and (tmp_path / "done").exists()
+
+
+def test_a_terminal_that_another_program_made_non_blocking_is_waited_for():
+    """A pipe holds 64 kB. Python's own stream raises BlockingIOError there."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    code = "def main():\n    for n in range(20): print(str(n) * 9000, flush=True)\n"
+    program = subprocess.Popen(
+        [sys.executable, "-c", f"import cli\n{code}cli.run(main, outlives_terminal=True)"],
+        cwd=ROOT,
+        stdout=write,
+    )
+    os.close(write)
+    # Nothing is read for a second, in which the pipe becomes full.
+    with pytest.raises(subprocess.TimeoutExpired):
+        program.wait(1)
+    with open(read, "rb") as pipe:
+        out = pipe.read()
+    assert program.wait(60) == 0
+    assert out.decode() == "".join(str(n) * 9000 + "\n" for n in range(20))
+
+
+@pytest.mark.parametrize("lost", ["2>&-", "2>/dev/full", "2> >(head -n 0)"])
+def test_a_lost_stderr_ends_no_program(lost):
+    """What a program prints is on stdout, so receipts that nobody takes are no reason to end."""
+    code = "import cli, time"
+    code += "\ndef main():\n  for n in range(9): cli.say('n', n); time.sleep(0.02)\n  print('all')"
+    code, out, _ = shell(f'$PY -c "{code}\ncli.run(main)" {lost}')
+    assert (code, out) == (0, b"all\n")
+
+
+def test_results_into_a_closed_stdout_are_said_to_be_lost():
+    code, _, err = shell('$PY -c "import cli; cli.run(lambda: print(1))" >&-')
+    assert code == 0 and b"stdout was closed" in err and b"Traceback" not in err
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_stdout(tmp_path):
+    """What a library prints to descriptor 1 or 2 would go into the first file that is opened."""
+    file = tmp_path / "weights"
+    code = f"import cli, os; f = open('{file}', 'wb'); g = open('{file}', 'ab')"
+    code += "; os.write(1, b'x'); os.write(2, b'y')"
+    assert shell(f'$PY -c "{code}" >&- 2>&-')[0] == 0
+    assert file.read_bytes() == b""
+
+
+def test_help_into_a_closed_pipe_is_a_silent_end():
+    code = "import cli; cli.run(lambda: cli.parse('', argv=['--help']))"
+    code, _, err = shell(f'$PY -c "{code}" | true; exit ${{PIPESTATUS[0]}}')
+    assert (code, err) == (0, b"")
 
 
 # ---- receipts and progress ------------------------------------------------------------------------------------------

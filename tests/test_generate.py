@@ -3,11 +3,15 @@
 import cli
 
 import gc
+import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as token_models
 from transformers import LlamaForCausalLM
 
 import generate
@@ -490,3 +494,156 @@ def test_a_prompt_beyond_the_window_is_refused_and_the_text_ends_at_it(tmp_path)
 def test_a_temperature_beyond_what_fp32_holds_still_draws():
     logits = torch.tensor([[2.0, 1.0, -3.0]])
     assert draw(logits, 5, temperature=1e-40, top_k=2).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "how",
+    [{"temperature": 0}, {}, {"top_k": 0}, {"top_p": 0.5, "repetition_penalty": 1.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["head", "norm", "block"])
+def test_a_logit_that_is_no_number_is_a_sentence(tiny_model, where, how, bad):
+    """One weight is spoilt after loading. Of the embedding, which is the head too, it is that of one other token."""
+    model, text = models.load(tiny_model).requires_grad_(False).eval(), Text(tiny_model)
+    prompts = [text.prompt(p) for p in PROMPTS]
+    if where == "head":
+        used = {token for prompt in prompts for token in prompt}
+        other = min(set(range(2, 300)) - used)
+        model.embed_tokens.weight[other, 3] = bad
+    elif where == "norm":
+        model.norm.weight[3] = bad
+    else:
+        model.layers[1].mlp.down_proj.weight[0, 0] = bad
+    with pytest.raises(cli.UserError, match="NaN or inf"):
+        generate.generate(model, prompts, {1}, max_new_tokens=50, **how)
+
+
+# --- what is printed while a text is written ---
+
+BYTES = [f"<0x{n:02X}>" for n in range(256)]
+WORDS = ["▁mix", "the", "▁", "▁½", "up", "s", "–", "a", "b", "�", " ", ",", "▁🍰", "\n"]
+PIECES = ["mix", "##ing", ".", ",", "'", "s", "n't", "do", "not", "½", "##½", "�"]
+ENDED = ["mix</w>", "ing</w>", "a", "b</w>", "½", "</w>", "|", "<pad>"]
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+LLAMA_2 = decoders.Sequence([*LLAMA, decoders.Strip(" ", 1, 0)])
+
+# {name: (tokens, decoder, whether a text is printed before its end)}
+DECODERS = {
+    "byte-level": (LETTERS, decoders.ByteLevel(), True),
+    "byte-level, stripped": (
+        LETTERS,
+        decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]),
+        True,
+    ),
+    "Llama 2": (BYTES + WORDS * 9, LLAMA_2, True),
+    "Llama 2, mostly words": (BYTES[::40] + WORDS, LLAMA_2, True),
+    "Gemma": (BYTES + WORDS, decoders.Sequence(LLAMA), True),
+    "Metaspace": (WORDS, decoders.Metaspace(), True),
+    "WordPiece": (PIECES, decoders.WordPiece(cleanup=True), True),
+    "BPE": (ENDED, decoders.BPEDecoder(), True),
+    "CTC": (ENDED, decoders.CTC(), True),
+    "none": (WORDS, None, True),
+    "ab becomes X": (
+        ["a", "b", "½"],
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "X")]),
+        False,
+    ),
+    "a pattern": (
+        ["a", "b", " "],
+        decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("a.*b"), "")]),
+        False,
+    ),
+    "WordPiece of a text": (
+        PIECES,
+        decoders.Sequence([decoders.Fuse(), decoders.WordPiece(cleanup=True)]),
+        False,
+    ),
+}
+
+
+def stand_in(tokens, decoder):
+    """A Text of these tokens, number 0 being special."""
+    vocabulary = {token: n for n, token in enumerate(dict.fromkeys(["<s>", *tokens]))}
+    tokenizer = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        size=len(vocabulary),
+        decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+    )
+
+
+def streamed(text, prompt, ids, capsys):
+    """(what a Stream prints behind the prompt, how much of it before the end)"""
+    stream = generate.Stream(text, prompt)
+    for token in ids:
+        stream.add(token)
+    early = capsys.readouterr().out
+    stream.end()
+    return early + capsys.readouterr().out, len(early)
+
+
+@pytest.mark.parametrize("tokens, decoder, grows", DECODERS.values(), ids=DECODERS.keys())
+def test_a_streamed_text_is_the_text_of_all_its_ids(capsys, tokens, decoder, grows):
+    """Of random ids behind random prompts, of all lengths and of some beyond the window of a Stream."""
+    text, rng = stand_in(tokens, decoder), random.Random(1)
+    early = 0
+    for n in range(300):
+        most = 700 if n % 30 == 0 else 12
+        prompt = rng.choices(range(text.size), k=rng.randint(0, most))
+        ids = rng.choices(range(text.size), k=rng.randint(0, most))
+        got, printed = streamed(text, prompt, ids, capsys)
+        assert got == generate.said(text, prompt, ids)
+        before, whole = text.decode(prompt), text.decode(prompt + ids)
+        if whole.startswith(before):
+            assert got == whole[len(before) :]
+        early += printed
+    assert (early > 0) == grows
+
+
+@pytest.mark.parametrize(
+    "ids, pieces",
+    [
+        (["▁mix", "▁½"], [" mix", " ½"]),
+        # A character of three bytes comes whole, when the next token shows that the bytes end there.
+        (["<0xE2>", "<0x80>", "<0x93>", "up"], ["", "", "", "–up"]),
+        # A stray byte behind it spoils the whole run of bytes: that is what the package tokenizers decodes.
+        (["<0xE2>", "<0x80>", "<0x93>", "<0xFF>", "up"], ["", "", "", "", "����up"]),
+        # Half a character at the end is no character.
+        (["up", "<0xE2>", "<0x80>"], ["up", "", ""]),
+        # A special token in between has no text.
+        (["<0xC2>", "<s>", "<0xBD>", "up"], ["", "", "", "½up"]),
+    ],
+)
+def test_a_piece_is_printed_once_it_is_final(capsys, ids, pieces):
+    text = stand_in(BYTES + WORDS, LLAMA_2)
+    stream = generate.Stream(text, [text.tokenizer.token_to_id("the")])
+    for token, piece in zip(ids, pieces, strict=True):
+        stream.add(text.tokenizer.token_to_id(token))
+        assert capsys.readouterr().out == piece
+    stream.end()
+    assert capsys.readouterr().out == "��" * (ids[-1] == "<0x80>")
+
+
+def test_what_follows_a_prompt_that_ends_in_half_a_character():
+    """The prompt's decoded text holds a � for the half, the whole text a – in its place."""
+    text = stand_in(LETTERS, decoders.ByteLevel())
+    dash = [text.tokenizer.token_to_id(letter) for letter in "3âĢĵ4"]
+    assert text.decode(dash) == "3–4"
+    assert generate.said(text, dash[:2], dash[2:]) == "–4"
+    assert generate.said(text, dash[:1], dash[1:]) == "–4"
+    assert generate.said(text, dash, dash[:1]) == "3"
+
+
+def test_a_long_text_is_not_decoded_from_its_beginning(capsys):
+    text = stand_in(WORDS, decoders.Metaspace())
+    stream = generate.Stream(text, [1] * 1000)
+    for _ in range(1000):
+        stream.add(2)
+        assert len(stream.ids) <= 1001
+    assert len(stream.ids) < 300
+    assert capsys.readouterr().out == "the" * 1000

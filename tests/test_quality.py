@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import model as models
 import quality
+from text import Text
 
 GOOD = (
     "\n\nIngredients:\n- 2 cups flour\n- 1 egg\n\nDirections:\n1. Mix the flour.\n2. Bake it now.\n"
@@ -57,3 +59,12 @@ def test_the_held_out_loss_is_a_mean_over_tokens_not_over_batches():
 
     assert quality.held_out_loss(model, loss_of, iter(batches)) == 14 / 10
     assert model.training
+
+
+def test_a_recipe_that_cannot_be_written_ends_no_training(tiny_model, capsys):
+    """NaN among the logits: train.py goes on, because its losses tell whether training can."""
+    model = models.load(tiny_model).requires_grad_(False)
+    model.norm.weight[0] = float("nan")
+    quality.show_recipe(model.train(), Text(tiny_model), "Pie", seed=1)
+    out, err = capsys.readouterr()
+    assert out == "Pie\n" and "NaN or inf" in err and model.training

@@ -5,12 +5,15 @@ import cli
 import dataclasses
 import functools
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import make_model, program
+from conftest import make_model, program, put
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders
 from transformers import LlamaForCausalLM
 
 import data
@@ -316,7 +319,7 @@ def test_a_chat_asks_with_the_models_template(tmp_path, run):
     bad = json.dumps(config | {"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"})
     (base / "tokenizer_config.json").write_text(bad)
     code, _, err = run("--model", base, "--chat", "--prompt", "x")
-    assert code == 2 and "--chat: the chat template refuses it" in err and "Traceback" not in err
+    assert code == 2 and "the chat template refuses it" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -551,19 +554,36 @@ def test_the_adapter_is_used(trained, run, tiny_model):
         (["--chat"], "--prompt"),
         (["--prompt", "caf\udce9"], "UTF-8"),
         (["--chat", "--prompt", "hello"], "no chat template"),
-        (["--merge", "--run", "", "--model", "{base}", "--title", "a"], "--merge"),
+        (["--no-run", "--merge", "--model", "{base}", "--title", "a"], "--merge"),
         (["--prompt", "rice " * 3000], "window"),
         (["--temprature", 1], "temprature"),
         (["--max_new_tokens", 0], "--max_new_tokens"),
         (["--device", "gpu"], "gpu"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--run", ""], "--run"),
+        (["--model", ""], "--model"),
+        (["--prompts", ""], "--prompts"),
+        (["--cache", ""], "--cache"),
+        (["--prompt", ""], "no BOS"),
+        (["--title", ""], "no BOS"),
+        (["--title", "Pie", "--ingredients", ""], "--ingredients"),
+        (["--title", "Pie", "--ingredients", " , "], "--ingredients"),
+        (["--ingredients", ""], "--title"),
+        (["--title", "", "--prompt", "a"], "exclude"),
+        (["--prompt", "", "--eval", 3], "exclude"),
+        (["--chat", "--title", ""], "--prompt"),
     ],
     ids=str,
 )
 def test_a_mistake_gets_one_sentence(trained, run, tiny_model, flags, word):
     out, cache = trained
     flags = [tiny_model if flag == "{base}" else flag for flag in flags]
-    code, _, err = run(*([] if "--run" in flags else ["--run", out]), "--cache", cache, *flags)
+    before = ["--run", out, "--cache", cache]
+    if flags[0] == "--no-run":
+        before = ["--cache", cache]
+        flags = flags[1:]
+    # The last --run counts.
+    code, _, err = run(*before, *flags)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and word in last and "Traceback" not in err
 
@@ -583,11 +603,25 @@ def test_a_mistake_gets_one_sentence(trained, run, tiny_model, flags, word):
         (' {"titel": 1}', "prompts.txt:1"),
         ('{"prompt": ' + "[" * 100_000, "prompts.txt:1"),
         ('{"prompt": "\\ud800"}', "UTF-8"),
+        ('{"prompt": "Pie", "temperature": 0.1}', "temperature"),
+        ('{"prompt": "Pie", "ingredients": ["eggs"]}', "ingredients"),
+        ('{"prompt": "Pie", "title": "Pie"}', "title"),
+        ('{"title": "Pie", "directions": []}', "directions"),
+        ('{"prompt": "Pie", "text": "x", "sample": 0}', "sample, text"),
+        ('{"prompt": "Pie", "prompt": "Tart"}', "twice"),
+        ('[{"prompt": "Pie"}, {"prompt": "Tart"}]', "a list"),
+        ('{"title": "Pie", "ingredients": {"eggs": 2}}', "ingredients"),
+        ('{"prompt": null}', "prompt is no text"),
+        ('{"prompt": ""}', "no BOS"),
+        ('Pie\n{"title": ""}', "no BOS"),
+        ("\r\n \r\n", "no prompt"),
+        (b"Cr\xe8me", "cannot be read"),
+        ("Pie".encode("utf-16"), "cannot be read"),
     ],
 )
 def test_a_broken_file_of_prompts_is_refused(trained, run, tmp_path, text, word):
     out, cache = trained
-    (tmp_path / "prompts.txt").write_text(text)
+    put(tmp_path / "prompts.txt", text)
     code, _, err = run("--run", out, "--cache", cache, "--prompts", tmp_path / "prompts.txt")
     assert code == 2 and word in err and "Traceback" not in err
 
@@ -626,3 +660,146 @@ def test_a_damaged_adapter_is_refused(trained, run, tmp_path, name, word):
     (copy / name).write_bytes((out / name).read_bytes()[:100])
     code, _, err = run("--run", copy, "--cache", cache)
     assert code == 2 and word in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("flags", [["--prompt", ""], ["--title", ""]], ids=str)
+def test_an_empty_prompt_is_gone_on_from_the_bos(run, bos_model, flags):
+    """Greedy, as transformers goes on from BOS alone."""
+    flags = [*flags, "--model", bos_model, "--json", "--temperature", 0, "--dtype", "fp32"]
+    code, said, err = run(*flags, "--max_new_tokens", 8)
+    assert code == 0, err
+    row = json.loads(said)
+    reference = LlamaForCausalLM.from_pretrained(bos_model, dtype=torch.float32)
+    ids = reference.generate(torch.tensor([[0]]), max_new_tokens=8, do_sample=False)[0].tolist()
+    text = Text(bos_model)
+    assert row["prompt"] == "" and row["text"] == text.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "content, prompts",
+    [
+        ("\ufeffPie\r\nTart\r\n\r\n", ["Pie", "Tart"]),
+        ('\ufeff{"prompt": "Pie"}\r\n {"title": "Tart", "ingredients": ""}', ["Pie", "Tart"]),
+        ("[INST] Pie\n  Tart", ["[INST] Pie", "  Tart"]),
+        ('{"title": "Pie", "ingredients": []}\n\n{"title": "Tart"}', ["Pie", "Tart"]),
+        ('"Pie"\n["Tart"]', ['"Pie"', '["Tart"]']),
+    ],
+)
+def test_prompts_as_people_have_them(tmp_path, content, prompts):
+    file = put(tmp_path / "prompts.txt", content)
+    rows = sample.read_prompts(file)
+    assert [row.get("prompt", row.get("title")) for row in rows] == prompts
+
+
+def test_ingredients_of_a_row_are_a_list_or_a_text(tmp_path):
+    rows = ['{"title": "Pie", "ingredients": ["2 eggs", "salt"]}']
+    rows += ['{"title": "Pie", "ingredients": "2 eggs, salt"}']
+    file = put(tmp_path / "prompts.txt", "\n".join(rows))
+    texts = [sample.recipe_beginning(row["ingredients"]) for row in sample.read_prompts(file)]
+    assert texts == ["\n\nIngredients:\n- 2 eggs\n- salt\n\nDirections:\n1."] * 2
+
+
+# {a decoder: the tokens that are added for it and what the model is said to write, in tokens}
+WRITTEN = {
+    "half a character at the end": (None, ["P", "Ã"]),
+    "half a character, then the other half": (None, ["Â", "½"]),
+    "a stray byte": (None, ["ÿ", "P", "Â"]),
+    "a stray byte behind a character of bytes": (
+        decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+        ["<0xE2>", "<0x80>", "<0x93>", "<0xFF>", "P"],
+    ),
+    "stray bytes at the end": (
+        decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+        ["P", "<0xC2>", "<0xBD>", "<0xC2>"],
+    ),
+    "an earlier character changes": (
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("Pi", "X")]),
+        ["P", "i", "e"],
+    ),
+}
+
+
+@pytest.mark.parametrize("decoder, tokens", WRITTEN.values(), ids=WRITTEN.keys())
+def test_a_streamed_text_is_that_of_json(trained, run, monkeypatch, decoder, tokens):
+    """And both are what the package tokenizers makes of all ids at once."""
+    out, cache = trained
+    text = Text(out_base(out))
+    text.tokenizer.add_tokens(
+        [token for token in tokens if text.tokenizer.token_to_id(token) is None]
+    )
+    if decoder is not None:
+        text.tokenizer.decoder = decoder
+    load = sample.load
+    ids = [text.tokenizer.token_to_id(token) for token in tokens]
+
+    def written(engine, prompts, ends, numbers, on_token):
+        for token in ids:
+            on_token(0, token)
+        yield 0, ids, True
+
+    monkeypatch.setattr(sample, "load", lambda cfg: (load(cfg)[0], text, load(cfg)[2]))
+    monkeypatch.setattr(sample, "Scheduler", written)
+    flags = ["--run", out, "--cache", cache, "--title", "Pie"]
+    code, streamed, err = run(*flags)
+    row = json.loads(run(*flags, "--json")[1])
+    prompt = text.prompt("Pie")
+    before, whole = text.decode(prompt), text.decode(prompt + ids)
+    assert code == 0 and streamed == row["prompt"] + row["text"] + "\n", err
+    assert whole == before + row["text"]
+
+
+def test_logits_that_are_no_numbers_are_one_sentence(trained, run, monkeypatch):
+    """A weight becomes NaN after loading. Before, a token of argmax was printed, or nothing, with exit code 0."""
+    out, cache = trained
+    load = sample.load
+
+    def spoilt(cfg):
+        model, text, info = load(cfg)
+        model.layers[1].mlp.down_proj.base.weight[0, 0] = float("nan")
+        return model, text, info
+
+    monkeypatch.setattr(sample, "load", spoilt)
+    for more in ([], ["--json"], ["--temperature", 0], ["--num_samples", 3]):
+        code, _, err = run("--run", out, "--cache", cache, "--title", "Pie", *more)
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and last.startswith("error: the model computed NaN or inf")
+        assert "Traceback" not in err
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, C_LOCALE], ids=str)
+def test_a_prompt_beyond_ascii_in_an_ascii_terminal(bos_model, tmp_path, env):
+    """The command line's bytes are UTF-8, whatever the locale; --json is the same rows."""
+    flags = ["--model", bos_model, "--max_new_tokens", 2, "--device", "cpu", "--cache", tmp_path]
+    flags += ["--prompt", "½ crème 🍰"]
+    want = json.loads(program("sample.py", *flags, "--json").stdout)
+    got = program("sample.py", *flags, "--json", env={**os.environ, **env}).stdout
+    assert got.isascii() and json.loads(got) == want and want["prompt"] == "½ crème 🍰"
+    shown = program("sample.py", *flags, env={**os.environ, **env}).stdout
+    assert shown.startswith(r"\u00bd cr\u00e8me \ud83c\udf70")
+
+
+def test_names_that_are_no_utf8(bos_model, tmp_path):
+    """A Latin-1 file name in --prompts is read, and a missing one is named in the error."""
+    latin = os.fsdecode(b"cr\xe8me.txt")
+    (tmp_path / latin).write_text("Pie")
+    flags = ["--model", bos_model, "--max_new_tokens", 2, "--cache", tmp_path, "--prompts"]
+    assert program("sample.py", *flags, tmp_path / latin).stdout.startswith("Pie")
+    for flag in (flags[-1], "--run", "--model"):
+        done = program("sample.py", *flags[:-1], flag, f"{latin}.no", check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert r"cr\udce8me.txt.no" in done.stderr
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_texts_into_a_closed_pipe_are_a_silent_end(bos_model, tmp_path, json_flag):
+    """`python sample.py --num_samples 20 | head -c 1`: exit code 0 and no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(sample.__file__), "--model", str(bos_model), "--prompt", "Pie"]
+    command += ["--max_new_tokens", "3", "--cache", str(tmp_path), *json_flag]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=100, check=False)
+    os.close(write)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"error" not in done.stderr
