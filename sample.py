@@ -270,12 +270,12 @@ def find(cfg):
     if cfg.model is not None and cfg.run is None:
         return Source(hub.resolve(cfg.model, cache))
 
-    run = Path(cfg.run or "out")
+    run = Path(disk.user_path(cfg.run or "out", "--run"))
     info = read_run(run)
     if (run / "model.safetensors").exists():  # all weights were trained
         return Source(run, run, info)
     base = hub.resolve(cfg.model or info["config"]["model"], cache)
-    if disk.fingerprint(base) != info["base_fingerprint"]:
+    if not disk.is_model(base, info):
         raise UserError(
             f"{base} is not what {run} was trained on: it has changed. Name the right one with --model."
         )
@@ -471,9 +471,9 @@ def held_out(cfg, run, info, base):
             f"the data that {run} was trained on, as its run.json has it: {e}"
         ) from None
 
-    same_base = disk.fingerprint(base) == info["base_fingerprint"]
-    same_data = data.fingerprint(dataset, held) == info["data_fingerprint"]
-    if not (same_base and same_data):
+    now = data.about_data(dataset, held)
+    same_data = all(info.get(key, now[key]) == now[key] for key in now)
+    if not (disk.is_model(base, info) and same_data):
         raise UserError(
             f"{base} or the data (or its rules) is not what {run} was trained on: it has changed."
         )

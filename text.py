@@ -301,7 +301,9 @@ def tokenise(files, data_cfg, rules, text, held=()):
         account.check_bad(files, data_cfg.allow_bad)
         about = {**asdict(account), "tokens_sha256": digest}
         content = json.dumps(about, ensure_ascii=False)
-        (part / "account.json").write_text(content, encoding="utf-8")
+        # An example names its file, and a file name that is no UTF-8 has lone surrogates.
+        content = content.encode(errors="backslashreplace")
+        (part / "account.json").write_bytes(content)
         # Ignore an OSError, because then another process has put the same content there.
         with contextlib.suppress(OSError):
             part.rename(folder)

@@ -242,6 +242,12 @@ def about_model(folder):
     }
 
 
+def is_model(folder, info):
+    """Whether a folder is the model that a run.json tells of. Earlier versions wrote the first hash only."""
+    now = about_model(folder)
+    return all(info.get(key, now[key]) == now[key] for key in ("base_fingerprint", "base_tensors"))
+
+
 def cache_folder(cache):
     """The folder that --cache names: beside the code, unless the path is absolute."""
     return ROOT / user_path(cache, "--cache")
