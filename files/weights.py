@@ -31,7 +31,7 @@ ROWS_COMPARED = 4096
 # How many numbers are looked at one by one at a time.
 NUMBERS_CHECKED = 2**24
 # The dtypes of weights, as safetensors names them. Others hold codes.
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = ["F64", "F32", "F16", "BF16"]
 
 
 def hf_name(name):
