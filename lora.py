@@ -41,20 +41,19 @@ test_ten_adamw_steps_end_where_those_of_peft_do.
 from cli import UserError, say
 
 import contextlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 import model as models
 import quant
-from files import disk
+from files import disk, model_config, weights
 
 # The layers that can be adapted: (the half of a block that has them, those that share an input).
 GROUPS = [
@@ -488,77 +487,138 @@ def peft_config(base, r, alpha, dropout, targets, rslora):
     }
 
 
-# PEFT's options that this file does not compute: {key: the only value that it may have}.
-ONLY = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "alora_invocation_tokens": None,
+# Far above any adapter, and far below what overflows.
+LARGEST_RANK = 2**16
+# The keys of adapter_config.json that are used.
+USED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "bias",
+    "init_lora_weights",
 }
-# Initialisations of PEFT that also change W, so that A and B alone are not the adapter.
-CHANGES_THE_BASE = ["pissa", "olora", "corda", "loftq"]
+# {key: why its value changes nothing here}
+HARMLESS = {
+    "_name_or_path": "a name",
+    "task_type": "the same arithmetic for every task that a Llama has",
+    "auto_mapping": "names of classes",
+    "peft_version": "who wrote the file",
+    "base_model_name_or_path": "a name; shapes are checked",
+    "revision": "a name",
+    "inference_mode": "train.py trains an adapter, sample.py does not",
+    "merge_weights": "old files: merged or not, the sum is the same",
+    "layers_pattern": "read with layers_to_transform only, which is refused",
+    "megatron_core": "read with megatron_config only, which is refused",
+    "qalora_group_size": "read with use_qalora only, which is refused",
+    "ensure_weight_tying": "of adapters on embedding and head, which are refused",
+    "velora_config": "saves memory in peft's own backward",
+    "runtime_config": "where peft computes",
+    # How A and B began. init_lora_weights says whether W began otherwise, too.
+    "eva_config": "how A began",
+    "loftq_config": "read with init_lora_weights = loftq only, which is refused",
+    "corda_config": "read with init_lora_weights = corda only, which is refused",
+    "lora_ga_config": "read with init_lora_weights = lora_ga only, which is refused",
+}
+# Initialisations that leave W as it is. Others (pissa, olora, corda, loftq, lora_ga …) change W, so that A and B alone
+# are not the adapter.
+LEAVES_THE_BASE = ["none", "true", "false", "gaussian", "eva", "orthogonal"]
 
 
 def read_config(folder):
     """adapter_config.json -> the arguments of adapt. A variant that this file does not compute is an error."""
     path = Path(folder) / "adapter_config.json"
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-        r = config["r"]
-        alpha = config["lora_alpha"]
-        targets = config["target_modules"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{path} cannot be read as a LoRA adapter's configuration ({e!r})."
-        ) from None
-    is_rank = isinstance(r, int) and r > 0
-    if not (is_rank and isinstance(alpha, (int, float)) and isinstance(targets, (list, str))):
-        raise UserError(
-            f"{path}: r = {r!r}, lora_alpha = {alpha!r}, target_modules = {targets!r} are no adapter's."
-        )
+    config = model_config.read_object(path, "a LoRA adapter has it beside its tensors")
     refuse_variants(path, config)
     return {
-        "r": r,
-        "alpha": alpha,
-        "dropout": config.get("lora_dropout") or 0.0,
-        "targets": plain_targets(path, targets),
-        "rslora": bool(config.get("use_rslora")),
+        "r": model_config.whole(path, "r", config.get("r"), LARGEST_RANK),
+        "alpha": model_config.positive(path, "lora_alpha", config.get("lora_alpha")),
+        "dropout": dropout_of(path, config.get("lora_dropout")),
+        "targets": plain_targets(path, config),
+        "rslora": model_config.flag(path, "use_rslora", config.get("use_rslora") or False),
     }
 
 
 def refuse_variants(path, config):
-    for key, only in ONLY.items():
-        if (config.get(key) or only) != only:
-            raise UserError(f"{path}: {key} = {config[key]!r} is not supported, only {only!r}.")
+    """A UserError for each key that changes the arithmetic, or that is not known: PEFT gets new ones every year.
+
+    A value that switches a feature off (null, false, empty) is let through."""
+    for key, value in config.items():
+        known = key in USED or key in HARMLESS
+        if not known and not model_config.is_off(value):
+            raise UserError(
+                f"{path}: {key} = {model_config.shown(value)} is not supported; if it does not change the adapter's "
+                "arithmetic, remove the key."
+            )
+    for key, only in {"peft_type": "LORA", "bias": "none"}.items():
+        if config.get(key, only) not in (only, None):
+            raise UserError(
+                f"{path}: {key} = {model_config.shown(config[key])} is not supported, only {only!r}."
+            )
     init = config.get("init_lora_weights")
-    if str(init).split("_")[0] in CHANGES_THE_BASE:
-        raise UserError(f"{path}: init_lora_weights = {init!r} changes the base's own weights.")
-
-
-def plain_targets(path, targets):
-    """target_modules as --lora_targets has them: "all", or names with commas."""
-    if targets == "all-linear":
-        return "all"
-    if isinstance(targets, str):
+    if str(init).lower() not in LEAVES_THE_BASE:
         raise UserError(
-            f"{path}: target_modules = {targets!r} is a pattern; only names and all-linear are supported."
+            f"{path}: init_lora_weights = {model_config.shown(init)} changes the base's own weights, or is unknown."
         )
-    # PEFT also takes whole paths: model.layers.0.self_attn.q_proj.
-    names = {target.rpartition(".")[2] for target in targets}
+
+
+def dropout_of(path, dropout):
+    """lora_dropout, a number from 0 to below 1; a missing one is 0."""
+    if model_config.is_off(dropout):
+        return 0.0
+    if model_config.positive(path, "lora_dropout", dropout) >= 1:
+        raise UserError(f"{path}: lora_dropout is {dropout}, where a number below 1 is wanted.")
+    return dropout
+
+
+def plain_targets(path, config):
+    """target_modules as --lora_targets has them: "all", or names with commas. exclude_modules is taken away."""
+    targets = config.get("target_modules")
+    excluded = config.get("exclude_modules")
+    if targets == "all-linear" and model_config.is_off(excluded):
+        return "all"
+    names = set(PARENT)
+    if targets != "all-linear":
+        # PEFT also takes whole paths: model.layers.0.self_attn.q_proj. Tensors say whether a layer is left out.
+        names = {name.rpartition(".")[2] for name in module_names(path, "target_modules", targets)}
+    if not model_config.is_off(excluded):
+        for name in module_names(path, "exclude_modules", excluded):
+            if name.rpartition(".")[2] in PARENT and name not in PARENT:
+                raise UserError(
+                    f"{path}: exclude_modules has {name!r}, one layer of several; only names are supported."
+                )
+            names.discard(name)
+    if not names:
+        raise UserError(f"{path}: target_modules without exclude_modules names no layer to adapt.")
     return ",".join(sorted(names))
 
 
+def module_names(path, key, value):
+    """The value itself, a list of names; a text would be a pattern."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(
+            f"{path}: {key} is {model_config.shown(value)}; only a list of names is supported (target_modules also "
+            "takes all-linear)."
+        )
+    return value
+
+
 def read_tensors(folder):
+    """{PEFT's key: tensor} of an adapter. Each number is checked, because one NaN makes all logits NaN."""
     path = Path(folder) / "adapter_model.safetensors"
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as stored:
+            for key in stored.offset_keys():
+                weights.check_dtype(path, key, stored.get_slice(key).get_dtype())
+        tensors = load_file(path)
     except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"{path} cannot be read ({e}); an adapter has it beside its adapter_config.json."
-        ) from None
+        hint = "an adapter has it beside its adapter_config.json"
+        if path.with_suffix(".bin").exists() and not path.exists():
+            hint = (
+                "adapter_model.bin is pickle, which is never read: let peft save the adapter again"
+            )
+        raise UserError(f"{path} cannot be read ({e}); {hint}.") from None
+    return {key: weights.finite(path, key, tensor) for key, tensor in tensors.items()}

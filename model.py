@@ -12,20 +12,16 @@ Other files change the model in two ways only, and LoRA, quantisation and fp8 ne
     project(h, layers)          an attribute of each half of a block: calls the layers that share the input h
 """
 
-from cli import UserError
-
-import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import weights
+from files import model_config, weights
 
 
 @dataclass
@@ -48,80 +44,9 @@ class ModelConfig:
     # fmt: on
 
 
-SIZES = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-]
-FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
-
-
 def read_config(folder):
     """The ModelConfig of a Hugging Face folder. A UserError names each setting that this file cannot reproduce."""
-    path = Path(folder) / "config.json"
-    try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} cannot be read ({e}); a model folder needs config.json.") from None
-    rope = rope_of(stored)
-    refuse(path, stored, rope)
-    heads = stored["num_attention_heads"]
-    try:
-        cfg = ModelConfig(
-            **{size: stored[size] for size in SIZES},
-            **{flag: stored.get(flag, False) for flag in FLAGS},
-            num_key_value_heads=stored.get("num_key_value_heads") or heads,
-            head_dim=stored.get("head_dim") or stored["hidden_size"] // heads,
-            max_position_embeddings=stored.get("max_position_embeddings", 2048),
-            rms_norm_eps=stored.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or stored.get("rope_theta") or 10000.0,
-            rope_scaling=rope,
-        )
-        rope_frequencies(cfg)
-    except (KeyError, TypeError, ZeroDivisionError) as e:
-        raise UserError(f"{path}: a value is missing or makes no sense ({e!r}).") from None
-    if heads % cfg.num_key_value_heads:
-        raise UserError(
-            f"{path}: {heads} heads cannot be shared out over {cfg.num_key_value_heads} key/value heads."
-        )
-    return cfg
-
-
-def rope_of(stored):
-    """The RoPE settings: transformers 5 writes rope_parameters, transformers 4 wrote rope_scaling."""
-    rope = dict(stored.get("rope_parameters") or stored.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    return rope
-
-
-def refuse(path, stored, rope):
-    """A UserError for a model that this file would compute wrongly."""
-    kind = (stored.get("architectures") or ["?"])[0]
-    if kind not in ("LlamaForCausalLM", "MistralForCausalLM"):
-        raise UserError(
-            f"{path}: {kind} is no Llama-architecture model (LlamaForCausalLM or MistralForCausalLM)."
-        )
-    rotary = rope.get("partial_rotary_factor", stored.get("partial_rotary_factor") or 1)
-    activation = stored.get("hidden_act", "silu")
-    refused = {
-        f"rope type {rope['rope_type']!r}": rope["rope_type"]
-        not in ("default", "linear", "llama3"),
-        "sliding_window": bool(stored.get("sliding_window")),
-        f"hidden_act {activation!r}": activation != "silu",
-        "partial_rotary_factor": rotary != 1,
-        "quantization_config (weights stored in another format)": bool(
-            stored.get("quantization_config")
-        ),
-    }
-    for what, is_refused in refused.items():
-        if is_refused:
-            raise UserError(f"{path}: {what} is not supported; use a checkpoint without it.")
-    for size in SIZES:
-        value = stored.get(size)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{path}: {size} is {value!r}, where a number of 1 or more is wanted.")
+    return ModelConfig(**model_config.read(folder))
 
 
 # --- norm and positions ---

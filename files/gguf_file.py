@@ -16,7 +16,8 @@ import cli
 from cli import UserError, say
 
 import os
-import shutil
+import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from files import disk
 
 # The largest size of a shard, because one shard at a time is in memory.
 SHARD_BYTES = 2_000_000_000
+MOST_VALUES = 10_000_000
 
 # {llama.cpp's name: Hugging Face's name} of the tensors that a model has once.
 NAMES = {
@@ -62,6 +64,25 @@ KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 
+# The other keys that begin with "llama.", which are used or checked.
+CHECKED = {
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scale_linear",
+    "attention.value_length",
+    "attention.sliding_window",
+}
+
+# {key without "llama.": why its value changes nothing here}
+HARMLESS = {
+    "vocab_size": "token_embd.weight has as many rows",
+    "tensor_data_layout": "a note; the order of q and k is llama.cpp's in every file",
+    "attention.layer_norm_epsilon": "of a norm that a Llama has not",
+    "rope.scaling.finetuned": "a note",
+    "pooling_type": "of embeddings of whole texts",
+}
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -75,11 +96,12 @@ SPLITS = {
     "llama-bpe": [LLAMA3],
 }
 
-# llama.cpp's numbers for the kinds of a token. Not needed here: 5, unused, and 6, a byte.
+# llama.cpp's numbers for the kinds of a token. Not needed here: 5, unused.
 NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3
 USER_DEFINED = 4
+BYTE = 6
 
 
 # --- the conversion ---
@@ -93,13 +115,14 @@ def convert(src, dst):
     src = Path(src)
     dst = Path(dst)
     say("convert", f"{src} to {dst}")
-    part = dst.with_name(f".{dst.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
+    dst.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fill(part, src)
-        # Another process may have made the same folder meanwhile: keep that one.
-        if not (dst / "config.json").exists():
-            os.replace(part, dst)
+        # A name of its own, because what a killed run has left there must not be in the way.
+        with tempfile.TemporaryDirectory(".part", f".{dst.name}.", dst.parent) as temporary:
+            part = Path(temporary, dst.name)
+            part.mkdir()
+            fill(part, src)
+            put_in_place(part, dst)
     except (UserError, OSError):
         raise
     except MemoryError:
@@ -114,9 +137,19 @@ def convert(src, dst):
         raise UserError(
             f"{src} is cut off, damaged or no GGUF file ({type(e).__name__}: {e}). Download it again."
         ) from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return dst
+
+
+def put_in_place(part, dst):
+    """Rename the whole folder to dst. Keep a dst that another process has made of the same file meanwhile."""
+    try:
+        os.replace(part, dst)
+    except OSError as e:
+        # A folder that is not empty is never replaced.
+        if not (dst / "config.json").exists():
+            raise UserError(
+                f"{dst} is there already and is no model ({e.strerror}): remove it, or name another folder."
+            ) from None
 
 
 def fill(folder, src):
@@ -139,11 +172,17 @@ def read(src):
     import gguf
 
     class Reader(gguf.GGUFReader):
+        values = 0
+
         def _get(self, offset, dtype, count=1, **more):
             # gguf's own _get returns too little at the end of a cut-off file, without an error.
             size = int(count) * np.dtype(dtype).itemsize
             if offset + size > len(self.data):
                 raise ValueError("it ends too early")
+            # Each value becomes an array of its own. Vocabularies and merges of Llama 3 are 1.1 million.
+            self.values += 1
+            if self.values > MOST_VALUES:
+                raise ValueError(f"its metadata has more than {MOST_VALUES} values")
             return super()._get(offset, dtype, count, **more)
 
     reader = Reader(src)
@@ -204,6 +243,29 @@ def check_kinds(src, meta):
         f"pre-tokenizer {pre!r}": tokenizer == "gpt2" and pre not in SPLITS,
     }
     refuse(src, refusals)
+    refuse(src, {key: changes_the_model(key, value) for key, value in meta.items()})
+
+
+def changes_the_model(key, value):
+    """Whether a key is one of the model's own ("llama.…") that is not known. null, false, 0 and empty are off.
+
+    Of the tokenizer's keys two change a text before it is tokenised."""
+    if key in (
+        "tokenizer.ggml.remove_extra_whitespaces",
+        "tokenizer.ggml.precompiled_charsmap",
+    ):
+        return bool(value)
+    if not key.startswith("llama."):
+        return False
+    name = key.removeprefix("llama.")
+    if name == "attention.causal":
+        return not value
+    if name == "rope.scaling.attn_factor":
+        return value != 1
+    # YaRN is refused by its name, and without YaRN nothing reads these.
+    if name.startswith("rope.scaling.yarn_") or name == "rope.scaling.original_context_length":
+        return False
+    return bool(value) and name not in {*KEYS.values(), *CHECKED, *HARMLESS}
 
 
 def llama_values(src, meta):
@@ -237,6 +299,8 @@ def rope_scaling(src, found, tensors):
     kind = found["rope.scaling.type"]
     factor = found["rope.scaling.factor"]
     refusals = {
+        "a value length other than the key length": found.get("attention.value_length", D) != D,
+        "a sliding window": 0 < found.get("attention.sliding_window", 0) < found["context_length"],
         "RoPE over a part of a head": found.get("rope.dimension_count", D) != D,
         f"RoPE scaling {kind!r}": kind not in ("none", "linear"),
     }
@@ -368,6 +432,7 @@ def hf_rows(x, heads):
 def make_tokenizer(meta):
     """-> (a tokenizers.Tokenizer, the content of tokenizer_config.json, the content of generation_config.json)"""
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}
+    meta["controls"] = control_ids(meta)
     if meta["model"] == "gpt2":
         tokenizer = byte_level_tokenizer(meta)
     else:
@@ -385,13 +450,33 @@ def byte_level_tokenizer(meta):
 
     pre = meta.get("pre")
     vocab = {token: i for i, token in enumerate(meta["tokens"])}
+    # A control token that merges lead to would be built out of somebody's text.
+    never = {meta["tokens"][i] for i in meta["controls"]}
     merges = [tuple(merge.split(" ")) for merge in meta["merges"]]
+    merges = [merge for merge in merges if "".join(merge) not in never]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in SPLITS[pre]]
+    for token in sorted(never):
+        # Tokens like <|eot_id|> are several pieces in any case.
+        if pre == "llama-bpe" and not token.startswith("<"):
+            steps.append(cut(token))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def cut(token):
+    """A step that cuts a piece, which is the text of a token, behind its first character.
+
+    With ignore_merges a piece that is in the vocabulary is that token, without any merge. A control token must not be
+    found so in somebody's text."""
+    from tokenizers import Regex, decoders, pre_tokenizers
+
+    piece = decoders.ByteLevel().decode([token])
+    first = re.escape(piece[:1])
+    rest = re.escape(piece[1:])
+    return pre_tokenizers.Split(Regex(rf"\A{first}(?={rest}\z)"), "isolated")
 
 
 def sentencepiece_tokenizer(meta):
@@ -429,6 +514,9 @@ def sentencepiece_merges(meta, vocab):
     for token, points, kind in zip(tokens, meta["scores"], meta["token_type"], strict=True):
         if kind == NORMAL:
             score[token] = points
+    # A control token that merges lead to would be built out of somebody's text.
+    for i in meta["controls"]:
+        score.pop(tokens[i], None)
     splits = []
     for token in score:
         for n in range(1, len(token)):
@@ -445,10 +533,30 @@ def add_special_tokens(tokenizer, meta):
     from tokenizers import AddedToken
 
     added = []
-    for token, kind in zip(meta["tokens"], meta["token_type"], strict=True):
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED):
-            added.append(AddedToken(token, special=kind != USER_DEFINED, normalized=False))
+    for i, (token, kind) in enumerate(zip(meta["tokens"], meta["token_type"], strict=True)):
+        special = kind in (UNKNOWN, CONTROL) or i in meta["controls"]
+        if special or kind == USER_DEFINED:
+            added.append(AddedToken(token, special=special, normalized=False))
     tokenizer.add_tokens(added)
+
+
+def control_ids(meta):
+    """The ids of the tokens that begin and end a text or a turn. They are special tokens, whatever their kind says.
+
+    An end token of another kind would be an end token inside somebody's text. Leave out a token of one character,
+    because no tokenizer can keep that out of a text, and decoding would lose the character."""
+    controls = set()
+    for name in ("bos", "eos", "eot", "eom"):
+        i = meta.get(f"{name}_token_id")
+        if i is None:
+            continue
+        token = meta["tokens"][i]
+        kind = meta["token_type"][i]
+        if kind == BYTE or (kind == NORMAL and len(token) == 1):
+            say("convert", f"the {name} token is {token!r}, which any text may have")
+        else:
+            controls.add(i)
+    return controls
 
 
 def special_ids(meta):

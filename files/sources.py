@@ -10,6 +10,7 @@ one JSON value, is held in memory as a whole.
 
 from cli import UserError
 
+import codecs
 import csv
 import gzip
 import io
@@ -26,12 +27,27 @@ NEEDED = COLUMNS[:3]
 LARGEST_CELL = 2**31 - 1
 
 ROWS_OF_A_LIST = 1000
+# A list of long rows has fewer of them, because a list is in memory as a whole.
+BYTES_OF_A_LIST = 2**26
+
+# What a file may expand to. No recipe or chat has 16 MB, so a longer row is another kind of file, or a gzip bomb.
+LARGEST_ROW = 2**24
+# A .json file is in memory as a whole. The largest that people have, of a million recipes, has 1.4 GB.
+LARGEST_JSON = 2**31
+# gzip makes JSON of recipes 3 to 30 times smaller. A bomb is 1,000 times smaller.
+MOST_EXPANSION = 100
+MOST_EMPTY_LINES = 1_000_000
+
 # Files of more bytes than this are worth several processes.
 LARGE = 2**25
 
 
 class BadRow(Exception):
     """Why a row cannot be used."""
+
+
+# Stands for each line of white space. At the end of a file it is no row, elsewhere a bad one.
+EMPTY = BadRow("an empty line")
 
 
 def kind_of(path):
@@ -67,13 +83,36 @@ def are_large(paths):
 
 
 def read(paths, rank=0, processes=1):
-    """Lists of a thousand (path, line, row). With 3 processes, rank 0 gets lists 0, 3, 6 …, rank 1 gets 1, 4, 7 …
+    """Lists of at most a thousand (path, line, row). With 3 processes, rank 0 gets lists 0, 3, 6 …, rank 1 1, 4, 7 …
 
     Each process splits all files into raw rows, because splitting is quick, but decodes only its own lists."""
     raw_rows = (raw for path in paths for raw in split(path))
-    lists = iter(lambda: list(islice(raw_rows, ROWS_OF_A_LIST)), [])
-    for raw_list in islice(lists, rank, None, processes):
+    for raw_list in islice(lists_of(raw_rows), rank, None, processes):
         yield [(path, line, decode(raw)) for path, line, raw in raw_list]
+
+
+def lists_of(raw_rows):
+    """Lists of a thousand raw rows; of fewer rows where these are long."""
+    some = []
+    size = 0
+    for raw_row in raw_rows:
+        some.append(raw_row)
+        size += size_of(raw_row[2])
+        if len(some) == ROWS_OF_A_LIST or size > BYTES_OF_A_LIST:
+            yield some
+            some = []
+            size = 0
+    if some:
+        yield some
+
+
+def size_of(raw):
+    """The length of a raw row in bytes or characters. A row of a .json file is 0: it is in memory already."""
+    if isinstance(raw, bytes):
+        return len(raw)
+    if isinstance(raw, tuple):
+        return sum(map(len, raw))
+    return 0
 
 
 # --- a file to raw rows ---
@@ -88,7 +127,7 @@ def split(path):
     try:
         # Open in binary, because then only "\n" ends a line, and a broken byte spoils one row only.
         with opened(path, "rb") as file:
-            for line, raw in rows_of(file, path):
+            for line, raw in without_empty_end(rows_of(file, path), path):
                 yield path, line, raw
     except (EOFError, zlib.error, OSError, csv.Error) as e:
         # In most cases a gzip file that is cut off or corrupt, or a file that is no gzip.
@@ -99,8 +138,70 @@ def split(path):
         raise UserError(f"{path} is broken JSON: {e}.") from e
 
 
+def without_empty_end(rows, path):
+    """The (line, raw row) of a file without the empty lines at its end, which editors leave there.
+
+    Only a count is kept of the lines that wait for a row behind them."""
+    waiting = 0
+    for line, raw in rows:
+        if raw is EMPTY:
+            waiting += 1
+            if waiting > MOST_EMPTY_LINES:
+                raise UserError(
+                    f"{path}: {waiting} empty lines end at line {line}: no file of rows."
+                )
+            continue
+        for earlier in range(line - waiting, line):
+            yield earlier, EMPTY
+        waiting = 0
+        yield line, raw
+
+
+class Lines:
+    """The lines of an open file. A row that is too long is a UserError before it is in memory.
+
+    size: what the lines of the present row have together. The reader sets it to 0 behind each row, because a row of a
+    CSV file may have many lines."""
+
+    def __init__(self, file, path):
+        self.file = file
+        self.path = path
+        self.size = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        line = self.file.readline(LARGEST_ROW + 1)
+        self.size += len(line)
+        if self.size > LARGEST_ROW:
+            raise UserError(
+                f"{self.path} has a row of more than {LARGEST_ROW} characters, which is no recipe. A file that is one "
+                "JSON value should end in .json; a CSV file may lack a closing quote."
+            )
+        if not line:
+            raise StopIteration
+        return line
+
+
+def refuse_large_json(file, path):
+    """A UserError if the file expands to more than memory should hold. Count first, because parsing takes far more."""
+    most = max(LARGEST_ROW, MOST_EXPANSION * path.stat().st_size)
+    most = min(most, LARGEST_JSON)
+    size = 0
+    while piece := file.read(LARGEST_ROW):
+        size += len(piece)
+        if size > most:
+            raise UserError(
+                f"{path} expands to more than {most} bytes, which is too much for a .json file: write one row a line "
+                "and name the file .jsonl."
+            )
+    file.seek(0)
+
+
 def json_values(file, path):
     """(number, row) of each row of a JSON file. The file holds a list of rows, an object of rows, or one row."""
+    refuse_large_json(file, path)
     content = json.loads(file.read())
     if isinstance(content, dict):
         content = content.values()
@@ -110,8 +211,15 @@ def json_values(file, path):
 
 
 def json_lines(file, path):
-    """(number, line as bytes) of a JSON Lines file."""
-    return enumerate(file, 1)
+    """(number, line as bytes) of a JSON Lines file, or (number, EMPTY)."""
+    lines = Lines(file, path)
+    for number, line in enumerate(lines, 1):
+        lines.size = 0
+        raw = line
+        # A file without rows may begin with a byte order mark.
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
+            raw = EMPTY
+        yield number, raw
 
 
 def csv_cells(file, path):
@@ -119,7 +227,8 @@ def csv_cells(file, path):
     csv.field_size_limit(LARGEST_CELL)
     # Read a byte that is no UTF-8 as a lone surrogate, so that only its own row becomes bad: recipes.parse refuses it.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text)
+    lines = Lines(text, path)
+    reader = csv.reader(lines)
     header = next(reader, [])
     missing = [name for name in NEEDED if name not in header]
     if missing:
@@ -129,13 +238,15 @@ def csv_cells(file, path):
         )
     places = [header.index(name) for name in COLUMNS if name in header]
     line = reader.line_num + 1
+    lines.size = 0
     for cells in reader:
+        lines.size = 0
         if len(cells) == len(header):
             yield line, tuple(cells[place] for place in places)
-        elif cells:
-            yield line, BadRow(f"{len(cells)} cells under {len(header)} columns")
+        elif not cells or (len(cells) == 1 and cells[0].isspace()):
+            yield line, EMPTY
         else:
-            yield line, BadRow("an empty line")
+            yield line, BadRow(f"{len(cells)} cells under {len(header)} columns")
         line = reader.line_num + 1
 
 

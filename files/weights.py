@@ -8,22 +8,30 @@ bf16 the largest is the embedding, 1.05 GB of 16 GB.
 Proof: tests/test_weights.py: test_a_tensor_is_freed_as_soon_as_the_caller_forgets_it.
 """
 
-from cli import UserError
+from cli import UserError, say
 
 import itertools
 import json
+import math
+import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from files import disk
 
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 # How many rows of head and embedding are compared at a time: 34 MB of each, of 8B in bf16.
 ROWS_COMPARED = 4096
+# How many numbers are looked at one by one at a time.
+NUMBERS_CHECKED = 2**24
+# The dtypes of weights, as safetensors names them. Others hold codes.
+DTYPES = ["F64", "F32", "F16", "BF16"]
 
 
 def hf_name(name):
@@ -41,30 +49,67 @@ def hf_name(name):
 
 
 def shards(folder):
-    """The safetensors files of a folder: those that its index names, or model.safetensors where it has no index."""
+    """The safetensors files of a folder: model.safetensors, or where it is missing those that the index names.
+
+    transformers looks for them in this order. So a model.safetensors that was saved beside the index and the shards of
+    an older model is the model. A line says which files are passed over."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    names = read_index(index) if index.exists() else ["model.safetensors"]
-    files = [folder / name for name in names]
-    for file in files:
-        if not file.exists():
+    index = folder / INDEX
+    names = [WHOLE]
+    if not os.path.exists(folder / WHOLE) and index.exists():
+        names = read_index(index)
+    for name in names:
+        # Path.exists raises an error over a name that is too long.
+        if not os.path.exists(folder / name):
             raise UserError(
-                f"{folder} lacks {file.name}: fetch the missing file (only safetensors and .gguf are read)."
+                f"{folder} lacks {name}: fetch the missing file (only safetensors and .gguf are read)."
             )
-    return files
+    passed_over = not_read(folder, names)
+    if passed_over:
+        say("weights", f"{folder} has files that are not read: {passed_over}")
+    return [folder / name for name in names]
+
+
+def not_read(folder, names):
+    """The names of what else looks like weights of this model: an old index, its shards, a variant (model.fp16.…)."""
+    found = sorted(path.name for path in folder.glob("model*.safetensors"))
+    if names == [WHOLE] and (folder / INDEX).exists():
+        found.insert(0, INDEX)
+    found = [name for name in found if name not in names]
+    shown = ", ".join(found[:3])
+    if len(found) > 3:
+        shown += f" and {len(found) - 3} more"
+    return shown
 
 
 def read_index(index):
-    """The names of the shards in model.safetensors.index.json, each once, sorted."""
+    """The names of the shards in model.safetensors.index.json, each once, sorted.
+
+    Of its keys weight_map is used; metadata (sizes and counts) is harmless. Which shard a tensor is in, each shard says
+    itself, and the index is not asked."""
     try:
-        file_of_tensor = json.loads(index.read_bytes())["weight_map"]
-        names = sorted(set(file_of_tensor.values()))
-        for name in names:
-            # A TypeError where the name is no text.
-            Path(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{index} cannot be read ({e!r}); fetch it again.") from None
+        stored = json.loads(index.read_bytes())
+        names = sorted(set(stored["weight_map"].values()))
+        unknown = stored.keys() - {"weight_map", "metadata"}
+        wrong = [name for name in names if not is_shard_name(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{index} cannot be read ({e!r:.200}); fetch it again.") from None
+    if unknown:
+        raise UserError(
+            f"{index}: the key {min(unknown)} is not known; fetch the file again, or remove the key."
+        )
+    if wrong or not names:
+        raise UserError(
+            f"{index} names {wrong[:1]!r:.100} as a shard. A shard is a .safetensors file inside the folder."
+        )
     return names
+
+
+def is_shard_name(name):
+    """Whether an index may name this file: safetensors, and inside the folder, also where a link leads out of it."""
+    path = PurePosixPath(name)
+    leaves = path.is_absolute() or ".." in path.parts
+    return path.suffix == ".safetensors" and not leaves
 
 
 def read(folder, shapes, device):
@@ -96,8 +141,9 @@ def read_shard(file, shapes, missing, device):
             shape = tensors.get_slice(hf).get_shape()
             check(file, hf, shape, missing)
             del missing[hf]
+            check_dtype(file, hf, tensors.get_slice(hf).get_dtype())
             # Give the tensor no name here, because a name would keep it in memory until the next one is read.
-            yield hf, tensors.get_tensor(hf)
+            yield hf, finite(file, hf, tensors.get_tensor(hf))
 
 
 def is_passed_over(hf, shapes):
@@ -159,6 +205,32 @@ def check(file, hf, shape, missing):
         raise UserError(
             f"{file}: {hf} has shape {list(shape)}, config.json says {list(missing[hf])}."
         )
+
+
+def check_dtype(file, name, dtype):
+    """Raise UserError for a tensor of codes (I8, U8, F8_E4M3 …), because a code without its scale is no weight."""
+    if dtype not in DTYPES:
+        raise UserError(
+            f"{file}: {name} is stored as {dtype}, and only {', '.join(DTYPES)} are read; use a checkpoint "
+            "whose weights are not quantised."
+        )
+
+
+def finite(file, name, tensor):
+    """The tensor itself. Raise UserError if one of its numbers is NaN or infinite.
+
+    The sum is not finite then. A sum reads the tensor once and makes no copy: PyTorch sums 16-bit numbers in fp32. Look
+    at every number only if the sum is not finite, because a sum of finite numbers may overflow, too.
+    Cost: 0.17 s for the 538 MB of the default model on two cores of a Xeon, most of it reading the mapped file."""
+    if math.isfinite(tensor.sum().item()):
+        return tensor
+    for part in tensor.flatten().split(NUMBERS_CHECKED):
+        if not torch.isfinite(part).all():
+            raise UserError(
+                f"{file}: {name} has numbers that are not finite (NaN or infinity). The training that wrote the file "
+                "went wrong, or the file is damaged: fetch it again, or take an earlier checkpoint."
+            )
+    return tensor
 
 
 # What a model folder has beside its weights.

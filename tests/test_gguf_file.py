@@ -591,6 +591,34 @@ BAD_MODELS = {
         },
         "rope_freqs.weight other than Llama 3.1's is not supported",
     ),
+    "no such end token": (
+        {"change": instead("tokenizer.ggml.eos_token_id", 100_000)},
+        "damaged",
+    ),
+    "softcapping": (
+        {"change": lambda w: w.add_float32("llama.attn_logit_softcapping", 50.0)},
+        "llama.attn_logit_softcapping is not supported",
+    ),
+    "experts": ({"change": lambda w: w.add_expert_count(8)}, "llama.expert_count"),
+    "logit scale": ({"change": lambda w: w.add_logit_scale(0.5)}, "llama.logit_scale"),
+    "attention scale": ({"change": lambda w: w.add_attention_scale(0.5)}, "attention.scale"),
+    "clamp": ({"change": lambda w: w.add_clamp_kqv(8.0)}, "llama.attention.clamp_kqv"),
+    "not causal": ({"change": lambda w: w.add_causal_attention(False)}, "attention.causal"),
+    "attention factor": (
+        {"change": lambda w: w.add_rope_scaling_attn_factors(2.0)},
+        "llama.rope.scaling.attn_factor",
+    ),
+    "sections": ({"change": lambda w: w.add_rope_dimension_sections([4, 4, 0, 0])}, "sections"),
+    "window": ({"change": lambda w: w.add_sliding_window(64)}, "a sliding window"),
+    "value length": ({"change": lambda w: w.add_value_length(8)}, "value length"),
+    "a key of next year": (
+        {"change": lambda w: w.add_bool("llama.attention.new", True)},
+        "llama.attention.new",
+    ),
+    "white space": (
+        {"change": lambda w: w.add_remove_extra_whitespaces(True)},
+        "remove_extra_whitespaces",
+    ),
     "nan": ({"tensors": nan}, "blk.1.ffn_up.weight has numbers that are not finite"),
 }
 
@@ -663,6 +691,109 @@ def test_a_folder_that_another_process_made_meanwhile_is_kept(tmp_path):
     assert gguf_file.convert(tmp_path / "m.gguf", tmp_path / "hf") == tmp_path / "hf"
     assert [p.name for p in (tmp_path / "hf").iterdir()] == ["config.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m.gguf"]
+
+
+def test_what_a_killed_run_left_is_not_in_the_way_and_not_taken_for_whole(tmp_path):
+    """Also of the same process number, which containers use again."""
+    make_gguf(tmp_path / "m.gguf")
+    left = tmp_path / f".hf.{os.getpid()}.part"
+    left.mkdir()
+    (left / "config.json").write_text("half")
+    folder = gguf_file.convert(tmp_path / "m.gguf", tmp_path / "hf")
+    assert LlamaForCausalLM.from_pretrained(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [left.name, "hf", "m.gguf"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_destination_that_is_something_else_is_named(tmp_path, kind):
+    make_gguf(tmp_path / "m.gguf")
+    there = tmp_path / "hf"
+    if kind == "folder":
+        there.mkdir()
+        (there / "notes.txt").write_text("mine")
+    elif kind == "file":
+        there.write_text("mine")
+    else:
+        there.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="hf is there already"):
+        gguf_file.convert(tmp_path / "m.gguf", there)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m.gguf"]
+
+
+def test_an_empty_destination_is_filled(tmp_path):
+    make_gguf(tmp_path / "m.gguf")
+    (tmp_path / "hf").mkdir()
+    assert LlamaForCausalLM.from_pretrained(gguf_file.convert(tmp_path / "m.gguf", tmp_path / "hf"))
+
+
+def test_keys_of_the_metadata_that_change_nothing_are_no_reason_to_refuse(tmp_path):
+    def change(w):
+        w.add_vocab_size(len(byte_level_tokens()[0]))
+        w.add_tensor_data_layout("Meta AI original pth")
+        w.add_causal_attention(True)
+        w.add_expert_count(0)
+        w.add_rope_scaling_attn_factors(1.0)
+        w.add_sliding_window(512)
+        w.add_value_length(16)
+        w.add_string("general.note", "x")
+        w.add_uint32("vendor.imatrix", 3)
+        w.add_remove_extra_whitespaces(False)
+
+    model = make_gguf(tmp_path / "m.gguf", change=change)
+    folder = gguf_file.convert(tmp_path / "m.gguf", tmp_path / "hf")
+    ids = torch.arange(2, 66)[None]
+    with torch.no_grad():
+        got = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+        assert (got - model(ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [1, 4, 5], ids=["normal", "user-defined", "unused"])
+@pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom"])
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "llama"])
+def test_a_token_that_ends_a_turn_is_never_built_out_of_text(tmp_path, pre, name, kind):
+    """A whole word of the vocabulary, to which merges lead, whatever the file calls its kind."""
+    word = "bread"
+    if pre == "llama":
+        tokens, kinds, _ = sentencepiece_tokens()
+    else:
+        tokens, kinds, _ = byte_level_tokens()
+        word = max((t for t in tokens[300:-2] if t.isalpha() and t.isascii()), key=len)
+    i = tokens.index(word)
+    kinds[i] = kind
+
+    def change(w):
+        w.kv_data[0].pop(f"tokenizer.ggml.{name}_token_id", None)
+        w.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
+        w.kv_data[0]["tokenizer.ggml.token_type"].value = kinds
+
+    make_gguf(tmp_path / "m.gguf", pre=pre, change=change)
+    folder = gguf_file.convert(tmp_path / "m.gguf", tmp_path / "hf")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_added_tokens_decoder()[i].special
+    assert i in tokenizer.encode(f"a {word}").ids
+    tokenizer.encode_special_tokens = True
+    for text in (word, f"a {word}", f"{word}{word}", f"a{word} b"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert i not in ids
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([i]) == ""
+
+
+def test_a_count_that_no_file_has_is_a_sentence(tmp_path, monkeypatch):
+    make_gguf(tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_file, "MOST_VALUES", 500)
+    with pytest.raises(UserError, match="more than 500 values"):
+        gguf_file.convert(tmp_path / "m.gguf", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("at", [8, 16], ids=["tensors", "keys"])
+def test_a_huge_count_in_the_header_is_a_sentence(tmp_path, at):
+    path = tmp_path / "m.gguf"
+    make_gguf(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + b"\xff" * 7 + b"\x0f" + data[at + 8 :])
+    with pytest.raises(UserError, match="cut off, damaged or no GGUF file"):
+        gguf_file.convert(path, tmp_path / "hf")
 
 
 def test_file_modes_follow_the_umask(tmp_path):

@@ -777,12 +777,109 @@ def test_a_broken_configuration_is_named(base, saved, data):
         ("alora_invocation_tokens", [1, 2]),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "mica"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", 3),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["mlp.experts"]),
+        ("megatron_config", {"a": 1}),
+        ("use_bdlora", {"nblocks": 2}),
+        ("arrow_config", {"top_k": 2}),
+        ("kasa_config", {"beta": 0.1}),
+        ("monteclora_config", {"n": 2}),
+        ("exclude_modules", ".*q_proj"),
+        ("exclude_modules", ["layers.0.self_attn.q_proj"]),
+        ("exclude_modules", ["q_proj", "v_proj"]),
+        ("a_key_of_next_year", 0.5),
+        ("r", True),
+        ("r", 4.0),
+        ("r", "4"),
+        ("r", -4),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", True),
+        ("lora_alpha", None),
+        ("lora_dropout", "0.1"),
+        ("lora_dropout", -0.5),
+        ("lora_dropout", 1.0),
+        ("use_rslora", "false"),
+        ("use_rslora", 1),
+        ("target_modules", [3]),
+        ("target_modules", []),
+        ("target_modules", {"q_proj": 1}),
     ],
 )
 def test_a_variant_that_is_not_computed_is_refused_by_name(base, saved, key, value):
     """pissa and olora begin by changing the base's own weights, alora adapts only what follows certain tokens."""
     edit_config(saved, **{key: value})
     refused(base, saved, "adapter_config.json", key)
+
+
+def test_every_key_that_peft_writes_is_known(base, saved):
+    """With its default: peft's newest file loads, and what is off is no reason to refuse."""
+    LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]).save_pretrained(saved)
+    lora.load(frozen(base), saved)
+    written = json.loads((saved / "adapter_config.json").read_text())
+    needed = {"r", "lora_alpha", "target_modules"}
+    edit_config(saved, **{key: None for key in written if key not in needed})
+    lora.load(frozen(base), saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"enable_lora": None, "merge_weights": False},
+        {"auto_mapping": {"unsloth_fixed": True}, "ensure_weight_tying": False},
+        {"exclude_modules": ["lm_head"]},
+        {"layers_pattern": "layers", "loftq_config": {}, "revision": "main"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 1.0}},
+        {"_name_or_path": "me/adapter", "task_type": "FEATURE_EXTRACTION"},
+        {"velora_config": {"num_groups": 64}},
+    ],
+    ids=str,
+)
+def test_keys_that_change_nothing_are_no_reason_to_refuse(base, saved, changes):
+    model = frozen(base)
+    lora.load(model, saved)
+    edit_config(saved, **changes)
+    again = frozen(base)
+    lora.load(again, saved)
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_excluded_modules_have_no_adapter_as_in_peft(base, tmp_path):
+    ref = by_peft(base, exclude_modules=["q_proj", "lm_head"]).eval()
+    ref.save_pretrained(tmp_path)
+    edit_config(tmp_path, target_modules=NAMES, exclude_modules=["q_proj", "lm_head"])
+    loaded = frozen(base)
+    lora.load(loaded, tmp_path)
+    assert not any("q_proj" in key for key in lora.parameters(loaded))
+    assert distance(logits(loaded.eval(), tokens()), logits(ref, tokens())) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_adapter_with_a_number_that_is_not_finite_is_named(base, saved, value):
+    spoiled = torch.ones(16, 4)
+    spoiled[3, 2] = value
+    edit_tensors(saved, lambda t: t.update({KEY: spoiled}))
+    refused(base, saved, "adapter_model.safetensors", KEY, "not finite")
+    with pytest.raises(UserError, match="not finite"):
+        lora.load_model(base, "cpu", None, quant.make_linear("none"), adapter=saved, merge=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_an_adapter_of_codes_is_named(base, saved, dtype):
+    edit_tensors(saved, lambda t: t.update({KEY: torch.ones(16, 4).to(dtype)}))
+    refused(base, saved, "adapter_model.safetensors", KEY, "stored as")
+
+
+def test_an_adapter_in_pickle_is_named_and_one_beside_it_is_passed_over(base, saved):
+    (saved / "adapter_model.bin").write_bytes(b"pickle")
+    lora.load(frozen(base), saved)
+    (saved / "adapter_model.safetensors").unlink()
+    refused(base, saved, "adapter_model.bin", "pickle")
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "w1"])

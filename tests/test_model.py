@@ -55,6 +55,7 @@ VARIANTS = {
     "another eps": {"rms_norm_eps": 0.1},
     "mistral": {"kind": "Mistral", "sliding_window": None},
 }
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -573,6 +574,7 @@ def refused(folder, *words):
         assert re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", text), (
             f"{word!r} is not named: {error.value}"
         )
+    return text
 
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -624,8 +626,9 @@ def test_a_missing_bias_is_named(tmp_path):
 
 
 def test_a_tensor_in_two_shards_is_named(spoiled):
-    save_shard(spoiled, "model.safetensors", load_file(spoiled / "model.safetensors"))
+    save_shard(spoiled, "all.safetensors", load_file(spoiled / "model.safetensors"))
     save_shard(spoiled, "more.safetensors", {NORM: torch.ones(32)})
+    (spoiled / "model.safetensors").unlink()
     refused(spoiled, NORM)
 
 
@@ -683,7 +686,7 @@ def test_a_folder_without_safetensors_is_named(spoiled):
             ["low_freq_factor"],
         ),
         ({"sliding_window": 64}, ["sliding_window"]),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window"]),
+        (MISTRAL | {"sliding_window": 64}, ["sliding_window", "max_position_embeddings"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
         ({"architectures": ["Qwen2ForCausalLM"]}, ["Qwen2ForCausalLM"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
@@ -712,10 +715,315 @@ def test_a_config_that_lacks_a_size_names_it(spoiled, key):
     refused(spoiled, "config.json", key)
 
 
+# Each value stands where a number, a flag or a table is wanted: {key: values}.
+NO_NUMBERS = [None, "16", 16.0, True, 0, -16, [16], {}, float("nan"), 10**30]
+NO_POSITIVE_NUMBERS = [None, "1e-5", True, 0, -1.0, [1.0], float("nan"), float("inf"), 10**400]
+NO_FLAGS = [None, "false", 0, 1, 1.0, []]
+NO_VALUES = {
+    "vocab_size": NO_NUMBERS,
+    "hidden_size": NO_NUMBERS,
+    "intermediate_size": NO_NUMBERS,
+    "num_hidden_layers": NO_NUMBERS,
+    "num_attention_heads": NO_NUMBERS,
+    "num_key_value_heads": NO_NUMBERS[1:],
+    "head_dim": [*NO_NUMBERS[1:], 7],
+    "max_position_embeddings": NO_NUMBERS,
+    "rms_norm_eps": NO_POSITIVE_NUMBERS,
+    "tie_word_embeddings": NO_FLAGS,
+    "attention_bias": NO_FLAGS,
+    "mlp_bias": NO_FLAGS,
+    "hidden_act": [None, 3, ["silu"]],
+    "model_type": [None, 3, "mistral", ["llama"]],
+    "architectures": ["LlamaForCausalLM", [], [None], [["LlamaForCausalLM"]], {}, 3],
+    "rope_parameters": ["linear", 3, [1.0], True],
+    "rope_scaling": ["linear", 3, [1.0], True],
+    "sliding_window": ["64", 64.0, True, -64, [64]],
+    "layer_types": [["sliding_attention"], "full", 3],
+    "partial_rotary_factor": ["1", 0.5, 0, [1]],
+}
+
+
+@pytest.mark.parametrize(
+    "key, value", [(key, value) for key, values in NO_VALUES.items() for value in values]
+)
+def test_a_value_of_config_json_that_makes_no_sense_is_named(spoiled, key, value):
+    edit_config(spoiled, **{key: value})
+    said = refused(spoiled, "config.json", key)
+    assert len(said) < 400 and "\n" not in said
+
+
+@pytest.mark.parametrize("value", NO_POSITIVE_NUMBERS)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ],
+)
+def test_a_rope_setting_that_makes_no_sense_is_named(spoiled, key, value):
+    edit_config(spoiled, rope_parameters=LLAMA3 | {key: value})
+    refused(spoiled, "config.json", key)
+    edit_config(spoiled, rope_parameters=None, rope_scaling=LLAMA3 | {key: value})
+    refused(spoiled, "config.json", key)
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"rope_theta": 500.0}, "rope_theta"),
+        ({"rope_parameters": None, "rope_theta": None}, "rope_theta"),
+        ({"rope_parameters": None, "rope_theta": "10000"}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "linear", "type": "default"}}, "rope_type"),
+        ({"rope_parameters": LLAMA3, "rope_scaling": LLAMA3 | {"factor": 4.0}}, "factor"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"full_attention": LLAMA3}}, "full_attention"),
+        ({"rope_parameters": LLAMA3 | {"mscale": 2.0}}, "mscale"),
+        ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"head_dim": None, "hidden_size": 34}, "head_dim"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(spoiled, changes, word):
+    edit_config(spoiled, **changes)
+    refused(spoiled, "config.json", word)
+
+
+def without(folder, key):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop(key, None)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "hidden_act",
+        "sliding_window",
+        "model_type",
+        "architectures",
+        "dtype",
+        "pretraining_tp",
+    ],
+)
+def test_a_key_that_is_left_out_means_what_it_means_to_transformers(tmp_path, kind, key):
+    """The same logits, or the key is named. The weights are those that transformers makes for the file."""
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+    reference(kind, **sizes).save_pretrained(tmp_path)
+    without(tmp_path, key)
+    config_class = {"Llama": LlamaConfig, "Mistral": MistralConfig}[kind]
+    stored = json.loads((tmp_path / "config.json").read_text())
+    try:
+        models.read_config(tmp_path)
+    except UserError as error:
+        assert key in str(error)
+        assert key in BASE or key in ("architectures", "sliding_window")
+        return
+    causal = {"Llama": LlamaForCausalLM, "Mistral": MistralForCausalLM}[kind]
+    ref = causal._from_config(config_class.from_dict(stored), attn_implementation="eager").eval()
+    ref.save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights" / "config.json").write_text(json.dumps(stored))
+    ids = tokens(1, 40)
+    model = models.load(tmp_path / "weights")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            models.logits(model, model(ids)), ref(ids).logits, rtol=0, atol=1e-4
+        )
+    assert model.cfg.max_position_embeddings == ref.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("window", ["absent", 4096, None])
+def test_a_mistral_without_the_key_has_a_window_that_hides_nothing_or_is_refused(tmp_path, window):
+    """Logits of 4,300 tokens were off by 0.95 where the key was absent."""
+    changes = {"num_hidden_layers": 1, "max_position_embeddings": 8192}
+    reference("Mistral", **changes).save_pretrained(tmp_path)
+    edit_config(tmp_path, sliding_window=window)
+    if window == "absent":
+        without(tmp_path, "sliding_window")
+    if window is not None:
+        refused(tmp_path, "sliding_window", "4096", "null", "max_position_embeddings")
+        # With fewer positions the window hides nothing.
+        edit_config(tmp_path, max_position_embeddings=4096)
+        models.load(tmp_path)
+        return
+    ref = MistralForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    ids = tokens(1, 4300)
+    model = models.load(tmp_path)
+    with torch.no_grad():
+        ours = models.logits(model, model(ids))
+        torch.testing.assert_close(ours, ref(ids).logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attention_multiplier", 0.5),
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22),
+        ("logits_scaling", 8.0),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("clip_qkv", 8.0),
+        ("use_qk_norm", True),
+        ("num_experts", 8),
+        ("num_local_experts", 8),
+        ("attention_dropout", 0.1),
+        ("original_max_position_embeddings", 4096),
+        ("rope_interleaved", True),
+        ("rope_condense_ratio", 8),
+        ("is_encoder_decoder", True),
+        ("quantization", {"bits": 4}),
+        ("a_key_of_next_year", "yes"),
+    ],
+)
+def test_a_key_of_config_json_that_is_not_known_is_refused_unless_it_is_off(spoiled, key, value):
+    edit_config(spoiled, **{key: value})
+    refused(spoiled, "config.json", key)
+    for off in (None, False, 0, 0.0, "", [], {}):
+        edit_config(spoiled, **{key: off})
+        models.read_config(spoiled)
+
+
+# What real files of the architecture hold beside the sizes.
+TRANSFORMERS_4_31 = {
+    "_name_or_path": "x",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+}
+REAL = {
+    "Llama 1 (huggyllama)": {"max_sequence_length": 2048, "pad_token_id": 0},
+    "Llama 2": TRANSFORMERS_4_31 | {"rope_scaling": None},
+    "Llama 2 70B": TRANSFORMERS_4_31 | {"pretraining_tp": 8},
+    "Llama 3.1": {"eos_token_id": [1, 8, 9], "attention_dropout": 0.0, "pretraining_tp": 1},
+    "Llama 3.2": {"head_dim": 8, "tie_word_embeddings": False, "rope_theta": 10000.0},
+    "SmolLM2": {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 10000,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    },
+    "unsloth": {"unsloth_version": "2025.1.5", "unsloth_fixed": True, "pad_token_id": 128004},
+    "axolotl": {"_attn_implementation_autoset": True, "use_cache": False},
+    "Vicuna": {"max_length": 4096, "temperature": 0.9, "top_p": 0.6},
+    "Yi": {"auto_map": {"AutoModelForCausalLM": "modeling.LlamaForCausalLM"}},
+    "quantized once": {"quantization_config": None, "compression_config": {}},
+    "transformers 4, every key": {
+        "add_cross_attention": False,
+        "bad_words_ids": None,
+        "begin_suppress_tokens": None,
+        "chunk_size_feed_forward": 0,
+        "cross_attention_hidden_size": None,
+        "decoder_start_token_id": None,
+        "diversity_penalty": 0.0,
+        "do_sample": False,
+        "early_stopping": False,
+        "encoder_no_repeat_ngram_size": 0,
+        "exponential_decay_length_penalty": None,
+        "finetuning_task": None,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+        "is_decoder": False,
+        "is_encoder_decoder": False,
+        "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+        "length_penalty": 1.0,
+        "max_length": 20,
+        "min_length": 0,
+        "no_repeat_ngram_size": 0,
+        "num_beam_groups": 1,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "output_attentions": False,
+        "output_hidden_states": False,
+        "output_scores": False,
+        "prefix": None,
+        "problem_type": None,
+        "pruned_heads": {},
+        "remove_invalid_values": False,
+        "repetition_penalty": 1.0,
+        "return_dict": True,
+        "return_dict_in_generate": False,
+        "sep_token_id": None,
+        "suppress_tokens": None,
+        "task_specific_params": None,
+        "temperature": 1.0,
+        "tf_legacy_loss": False,
+        "tie_encoder_decoder": False,
+        "tokenizer_class": "LlamaTokenizer",
+        "top_k": 50,
+        "top_p": 1.0,
+        "torchscript": False,
+        "typical_p": 1.0,
+        "use_bfloat16": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_keys_of_real_files_are_no_reason_to_refuse(spoiled, name):
+    expected = models.load(spoiled)(tokens(1, 9))
+    edit_config(spoiled, **REAL[name])
+    assert torch.equal(models.load(spoiled)(tokens(1, 9)), expected)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral"])
+def test_every_key_that_transformers_writes_is_known(tmp_path, kind):
+    config = {"Llama": LlamaConfig, "Mistral": MistralConfig}[kind](**BASE, sliding_window=None)
+    stored = config.to_dict() | {"architectures": [f"{kind}ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert models.read_config(tmp_path).hidden_size == BASE["hidden_size"]
+
+
 @pytest.mark.parametrize(
     "data",
-    [None, b"", b"{", b"[]", b"null", b"\xff\xfe{}"],
-    ids=["absent", "empty", "broken", "a list", "null", "no utf-8"],
+    [
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe{}",
+        b'"text"',
+        b"[" * 100_000,
+        b'{"vocab_size": ' + b"9" * 5000 + b"}",
+        b'{"vocab_size": 96, "vocab_size": 97}',
+    ],
+    ids=[
+        "absent",
+        "empty",
+        "broken",
+        "a list",
+        "null",
+        "no utf-8",
+        "a text",
+        "deep",
+        "a long number",
+        "a key twice",
+    ],
 )
 def test_a_broken_config_is_named(spoiled, data):
     path = spoiled / "config.json"

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 
 import pytest
 from conftest import jsonl, put, read_recipes
@@ -271,7 +272,7 @@ def test_the_first_three_bad_rows_are_shown_and_all_are_counted(tmp_path):
 
 
 def test_the_share_of_bad_rows_that_is_allowed(tmp_path):
-    path = put(tmp_path / "a.jsonl", jsonl(*[ROW] * 99) + "\n")  # 1 of 100: an empty line
+    path = put(tmp_path / "a.jsonl", "\n" + jsonl(*[ROW] * 99))  # 1 of 100: an empty line
     assert read_recipes(path, allow_bad=0.01)[1].bad == 1  # as many as allowed
     with pytest.raises(UserError, match="1 of 100 rows"):
         read_recipes(path, allow_bad=0.009)
@@ -376,3 +377,145 @@ def test_several_processes_are_for_large_files_of_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LARGE", 10)
     assert sources.are_large([lines])
     assert not sources.are_large([lines, value])
+
+
+# ---- empty lines -----------------------------------------------------------------------------------------------------
+
+LINE = json.dumps(ROW)
+TABLE = table(line(0, **ROW)).removesuffix("\r\n")
+ENDS = ["", "\n", "\r\n", "\n\n\n", "\n \t\r\n\r\n", "\n\f\n", "\n  ", "\n\x0b\n\n"]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte order mark"])
+@pytest.mark.parametrize(
+    "name, content",
+    [("a.jsonl", LINE), ("a.jsonl.gz", LINE), ("a.csv", TABLE), ("a.csv.gz", TABLE)],
+)
+def test_empty_lines_at_the_end_are_no_rows(tmp_path, name, content, mark, end):
+    data = (mark + content + end).encode()
+    if name.endswith(".gz"):
+        data = gzip.compress(data)
+    got, account = read_recipes(put(tmp_path / name, data), allow_bad=0)
+    assert got == [TEA]
+    assert (account.read, account.bad) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "name, content, numbers",
+    [
+        ("a.jsonl", f"{LINE}\n\n \n{LINE}\n\n\n", [2, 3]),
+        ("a.jsonl", f"\n{LINE}\r\n\r\n{LINE}\r\n\r\n", [1, 3]),
+        ("a.csv", f"{TABLE}\r\n\r\n \r\n{TABLE.splitlines()[1]}\r\n\r\n", [3, 4]),
+    ],
+)
+def test_empty_lines_before_a_row_stay_bad_rows_with_their_numbers(
+    tmp_path, name, content, numbers
+):
+    path = put(tmp_path / name, content)
+    got, account = read_recipes(path)
+    assert got == [TEA, TEA]
+    assert (account.read, account.bad) == (2, 2)
+    bad = [n for rows in sources.read([path]) for _, n, row in rows if isinstance(row, BadRow)]
+    assert bad == numbers
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\ufeff", "\ufeff\r\n", " \n\n"], ids=repr)
+def test_a_file_of_empty_lines_has_no_row(tmp_path, content):
+    assert list(sources.read([put(tmp_path / "a.jsonl", content)])) == []
+
+
+def test_empty_lines_are_shared_out_like_other_rows(tmp_path):
+    """Each process finds the end of every file itself."""
+    first = put(tmp_path / "a.jsonl", f"{LINE}\n\n" * 1500 + "\n" * 700)
+    second = put(tmp_path / "b.jsonl", f"{LINE}\n" * 1500 + "\n" * 700)
+    lists = list(sources.read([first, second]))
+    assert sum(map(len, lists)) == 1500 + 1499 + 1500
+    shares = [list(sources.read([first, second], rank, 3)) for rank in range(3)]
+    assert [[len(rows) for rows in share] for share in shares] == [
+        [len(rows) for rows in lists[rank::3]] for rank in range(3)
+    ]
+
+
+# ---- what expands to more than memory holds --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The bounds a thousand times smaller."""
+    monkeypatch.setattr(sources, "LARGEST_ROW", 2**14)
+    monkeypatch.setattr(sources, "LARGEST_JSON", 2**21)
+    monkeypatch.setattr(sources, "MOST_EMPTY_LINES", 1000)
+    monkeypatch.setattr(sources, "BYTES_OF_A_LIST", 2**16)
+
+
+CELLS = '"\n",' * 10_000
+BOMBS = {
+    "a long line": ("a.jsonl", b'{"text": "' + b"x" * 10**6 + b'"}\n'),
+    "no newline": ("a.jsonl", b"x" * 10**6),
+    "a million keys": ("a.jsonl", json.dumps(dict.fromkeys(map(str, range(10**5)))).encode()),
+    "a long cell": ("a.csv", f"{TABLE}\r\n1,{'x' * 10**6},[],[],,,".encode()),
+    "a cell that never ends": ("a.csv", f'{TABLE}\r\n1,"Tea\n'.encode() + b"x\n" * 10**5),
+    "a row of many lines": ("a.csv", f"{TABLE}\r\n{CELLS}".encode()),
+    "a long header": ("a.csv", b"title," * 10**5),
+    "empty lines": ("a.jsonl", b"\n" * 10**5 + LINE.encode()),
+    "empty lines at the end": ("a.jsonl", LINE.encode() + b"\n" * 10**5),
+    "a long json": ("a.json", json.dumps([ROW] * 40_000).encode()),
+}
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_expands_too_far_is_a_sentence(tmp_path, small, name, ending):
+    file, content = BOMBS[name]
+    if ending:
+        content = gzip.compress(content)
+    path = put(tmp_path / (file + ending), content)
+    with pytest.raises(UserError) as e:
+        list(sources.read([path]))
+    assert str(path) in str(e.value) and len(str(e.value)) < 400
+
+
+def test_a_json_that_gzip_makes_a_thousand_times_smaller_is_refused_before_it_is_in_memory(
+    tmp_path,
+):
+    """100 MB of zeros: the peak stays far below."""
+    path = tmp_path / "a.json.gz"
+    with gzip.open(path, "wb") as out:
+        for _ in range(100):
+            out.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="too much"):
+        list(sources.read([path]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**26
+
+
+def test_a_line_that_never_ends_is_refused_before_it_is_in_memory(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb") as out:
+        for _ in range(200):
+            out.write(b"x" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="no recipe"):
+        list(sources.read([path]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+
+
+def test_long_rows_come_in_short_lists(tmp_path, small):
+    """All rows come, in order, and each process has its own."""
+    rows = [{"text": str(n) + "x" * 10_000} for n in range(40)]
+    path = put(tmp_path / "a.jsonl", jsonl(*rows))
+    lists = list(sources.read([path]))
+    assert [len(some) for some in lists] == [7] * 5 + [5]
+    assert [row for some in lists for _, _, row in some] == rows
+    assert list(sources.read([path], 1, 2)) == lists[1::2]
+
+
+def test_rows_as_long_as_people_have_them_are_read(tmp_path):
+    rows = [ROW, {"text": "x" * 10_000_000}, ROW]
+    got, account = read_recipes(put(tmp_path / "a.jsonl.gz", gzip.compress(jsonl(*rows).encode())))
+    assert len(got) == 3 and account.bad == 0

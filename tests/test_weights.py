@@ -10,9 +10,10 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from files import weights
-from files.weights import hf_name, read, shards
+from files.weights import INDEX, hf_name, read, shards
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(24.0).view(6, 4),
@@ -244,10 +245,217 @@ def test_a_folder_without_safetensors_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    [b"{", b"[]", b"{}", b"\xff", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}'],
-    ids=["broken", "no object", "no weight_map", "no utf-8", "a list", "a number"],
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 1}}',
+        b'{"weight_map": {"a": null, "b": "b.safetensors"}}',
+        b"[" * 100_000,
+    ],
+    ids=[
+        "broken",
+        "no object",
+        "no weight_map",
+        "no utf-8",
+        "a list",
+        "a number",
+        "a null",
+        "deep",
+    ],
 )
 def test_a_broken_index_is_named(tmp_path, text):
+    (tmp_path / INDEX).write_bytes(text)
+    refused(tmp_path, SHAPES, str(tmp_path / INDEX), "cannot be read")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "sub/../../outside.safetensors",
+        "/etc/outside.safetensors",
+        "pytorch_model.bin",
+        "..",
+        "",
+        "model.safetensors.gz",
+    ],
+)
+def test_a_shard_name_that_leaves_the_folder_or_is_no_safetensors_is_refused(tmp_path, name):
+    """Also where the file is there and whole."""
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    save_file(TENSORS, tmp_path / "outside.safetensors")
+    save_file(TENSORS, folder / "pytorch_model.bin")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, name)}))
+    assert repr(name) in refused(folder, SHAPES, str(folder / INDEX), "inside the folder")
+
+
+@pytest.mark.parametrize("name", ["a" * 3000, "a\0b"], ids=["long", "zero byte"])
+def test_a_shard_name_that_no_file_can_have_is_a_missing_file(tmp_path, name):
+    index = {"weight_map": dict.fromkeys(TENSORS, f"{name}.safetensors")}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lacks"):
+        shards(tmp_path)
+
+
+def test_an_index_that_names_nothing_and_one_with_an_unknown_key_are_refused(tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {}}))
+    refused(tmp_path, SHAPES, INDEX, "names")
+    save_shards(tmp_path, {"a.safetensors": TENSORS})
+    index = json.loads((tmp_path / INDEX).read_text())
+    (tmp_path / INDEX).write_text(json.dumps(index | {"metadata": {"total_size": 3}}))
+    assert len(list(read(tmp_path, SHAPES, "cpu"))) == len(TENSORS)
+    (tmp_path / INDEX).write_text(json.dumps(index | {"scales": {"a": 2}}))
+    refused(tmp_path, SHAPES, INDEX, "scales")
+
+
+def test_shards_in_a_subfolder_and_links_to_elsewhere_are_read(tmp_path):
+    """transformers reads both; the hub's cache is links to a folder of blobs."""
+    folder = tmp_path / "snapshot"
+    (folder / "sub").mkdir(parents=True)
+    save_file(TENSORS, tmp_path / "blob")
+    names = list(TENSORS)
+    save_file({n: TENSORS[n] for n in names[:2]}, folder / "sub" / "a.safetensors")
+    save_file({n: TENSORS[n] for n in names[2:]}, tmp_path / "blob")
+    (folder / "b.safetensors").symlink_to(tmp_path / "blob")
+    index = dict.fromkeys(names[:2], "sub/a.safetensors")
+    index |= dict.fromkeys(names[2:], "b.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    assert len(list(read(folder, SHAPES, "cpu"))) == len(TENSORS)
+
+
+# --- several checkpoints in one folder ---
+
+
+def test_a_new_file_beside_an_old_index_and_old_shards_is_the_model(tmp_path, capsys):
+    """The same weights as transformers takes; the old ones were loaded before. A line says what is passed over."""
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    torch.manual_seed(1)
+    old = LlamaForCausalLM(config)
+    old.save_pretrained(tmp_path, max_shard_size="1KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    torch.manual_seed(2)
+    new = LlamaForCausalLM(config)
+    save_file(dict(new.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    shapes = {name: tensor.shape for name, tensor in theirs.items()}
+    ours = dict(read(tmp_path, shapes, "cpu"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(ours[EMBED], new.state_dict()[EMBED])
+    assert not torch.equal(ours[EMBED], old.state_dict()[EMBED])
+    said = capsys.readouterr().err
+    assert "not read" in said and INDEX in said and "model-00001-of-" in said
+
+
+def test_a_damaged_index_beside_the_whole_file_is_not_asked(tmp_path, capsys):
     save_file(TENSORS, tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_bytes(text)
-    refused(tmp_path, SHAPES, str(tmp_path / "model.safetensors.index.json"), "cannot be read")
+    (tmp_path / INDEX).write_bytes(b"{")
+    assert len(list(read(tmp_path, SHAPES, "cpu"))) == len(TENSORS)
+    assert INDEX in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "other", ["model.fp16.safetensors", "model-00003-of-00003.safetensors", None]
+)
+def test_shards_and_variants_that_nothing_names_are_said(tmp_path, capsys, other):
+    names = list(TENSORS)
+    parts = {
+        "model-00001-of-00002.safetensors": names[:2],
+        "model-00002-of-00002.safetensors": names[2:],
+    }
+    save_shards(tmp_path, {f: {n: TENSORS[n] for n in part} for f, part in parts.items()})
+    if other:
+        save_file(TENSORS, tmp_path / other)
+    # Weights of something else are nobody's concern.
+    save_file(TENSORS, tmp_path / "adapter_model.safetensors")
+    assert len(list(read(tmp_path, SHAPES, "cpu"))) == len(TENSORS)
+    said = capsys.readouterr().err
+    assert (other in said) if other else (said == "")
+
+
+def test_where_only_a_variant_is_there_the_missing_file_is_named(tmp_path):
+    save_file(TENSORS, tmp_path / "model.fp16.safetensors")
+    with pytest.raises(UserError, match=r"lacks model\.safetensors"):
+        shards(tmp_path)
+
+
+def test_an_index_that_names_a_tensor_in_another_shard_loses_nothing(tmp_path):
+    """Each shard says itself what it holds; transformers, too, asks the shards."""
+    names = list(TENSORS)
+    save_shards(
+        tmp_path,
+        {
+            "a.safetensors": {n: TENSORS[n] for n in names[:2]},
+            "b.safetensors": {n: TENSORS[n] for n in names[2:]},
+        },
+    )
+    turned = dict.fromkeys(names[:2], "b.safetensors") | dict.fromkeys(names[2:], "a.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": turned}))
+    got = dict(read(tmp_path, SHAPES, "cpu"))
+    assert all(torch.equal(got[name], TENSORS[name]) for name in names)
+
+
+# --- numbers that are none ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "values",
+    [[float("nan")], [float("inf")], [float("-inf")], [float("inf"), float("-inf")]],
+    ids=str,
+)
+def test_a_number_that_is_not_finite_is_named_with_file_and_tensor(tmp_path, dtype, values):
+    spoiled = torch.ones(6, 4, dtype=dtype)
+    spoiled[-1, : len(values)] = torch.tensor(values, dtype=dtype)
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS | {EMBED: spoiled}, path)
+    refused(tmp_path, SHAPES, str(path), EMBED, "not finite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_numbers_whose_sum_overflows_are_weights(tmp_path, dtype):
+    large = torch.full((6, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert not torch.isfinite(large.sum())
+    save_file(TENSORS | {EMBED: large}, tmp_path / "model.safetensors")
+    assert torch.equal(dict(read(tmp_path, SHAPES, "cpu"))[EMBED], large)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int32, "I32"),
+        (torch.bool, "BOOL"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+    ],
+    ids=str,
+)
+def test_codes_without_their_scale_are_no_weights(tmp_path, dtype, name):
+    save_file(TENSORS | {Q: torch.ones(4, 4).to(dtype)}, tmp_path / "model.safetensors")
+    refused(tmp_path, SHAPES, Q, name)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        (2**60).to_bytes(8, "little") + b"{}",
+        (100_000_001).to_bytes(8, "little") + b"{" * 50,
+        (90_000).to_bytes(8, "little") + b"[" * 90_000,
+        (40).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1099511627776],' + b" " * 99,
+    ],
+    ids=["longer than any file", "longer than this file", "deep", "cut off"],
+)
+def test_a_header_that_lies_is_a_sentence(tmp_path, head):
+    (tmp_path / "model.safetensors").write_bytes(head)
+    refused(tmp_path, SHAPES, "model.safetensors", "cut off or damaged")
