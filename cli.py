@@ -220,8 +220,11 @@ class Terminal:
                 self.unwritten.append(data)
             return is_kept
 
+    def log_in(self, folder):
+        """Name the folder of the log, train.log. The file is only written where a descriptor is lost."""
+        self.log_to(os.path.join(folder, "train.log"))
+
     def log_to(self, path):
-        """Name the log. The file is only written where a descriptor is lost."""
         with self.lock:
             self.log = path
             self.write_log()

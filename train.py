@@ -348,17 +348,20 @@ def parse_flags():
     """(Config, Data, Rules) of the command line. A resume has those that its run was started with."""
     cfg, data_cfg, rules = cli.parse(__doc__, Config, Data, Rules)
     if cfg.resume:
-        defaults = {**flags_of(Config(), Data()), **asdict(Rules())}
-        old = started_with(cfg.out, asdict(cfg), defaults)
+        old = started_with(cfg.out, asdict(cfg), flags_of(Config(), Data(), Rules()))
         cfg, data_cfg, rules = cli.parse(__doc__, Config, Data, Rules, defaults=old)
-        refuse_other_flags(old, {**flags_of(cfg, data_cfg), **asdict(rules)})
+        refuse_other_flags(old, flags_of(cfg, data_cfg, rules))
     cfg = disk.at_home(cfg, "out", "init_adapter")
     data_cfg = disk.at_home(data_cfg, "model", "data", "val_data")
     return cfg, data_cfg, rules
 
 
-def flags_of(cfg, data_cfg):
-    return {**asdict(data_cfg), **asdict(cfg)}
+def flags_of(*configs):
+    """{flag: value} of some dataclasses of flags."""
+    flags = {}
+    for config in configs:
+        flags |= asdict(config)
+    return flags
 
 
 def find_base(cfg, data_cfg):
@@ -430,7 +433,7 @@ def set_up():
         info = about(job, rules)
         job.title = info["titles"][data_cfg.seed % len(info["titles"])]
         job.run = Run(cfg.out, cfg.resume)
-        cli.TERMINAL.log_to(job.run.folder / "train.log")
+        cli.TERMINAL.log_in(job.run.folder)
         if cfg.resume:
             job.facts = job.run.go_on(info, optimizer, built.params, total)
             job.scale = precision.LossScale(built.compute, job.facts.loss_scale)

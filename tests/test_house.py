@@ -35,6 +35,7 @@ FILES = {
     "files/gguf_file",
     "files/sources",
     "files/tokenizer",
+    "files/model_config",
     "files/run",
     "files/pictures",
 }
