@@ -24,6 +24,8 @@ from pathlib import Path
 # The columns of RecipeNLG's CSV that are used. Each but the title holds a list, written as JSON inside the cell.
 COLUMNS = ["title", "ingredients", "directions", "NER"]
 NEEDED = COLUMNS[:3]
+# RecipeNLG's other columns: a number, and where a recipe comes from.
+OF_RECIPENLG = ["", "Unnamed: 0", "link", "source"]
 LARGEST_CELL = 2**31 - 1
 
 ROWS_OF_A_LIST = 1000
@@ -223,7 +225,9 @@ def json_lines(file, path):
 
 
 def csv_cells(file, path):
-    """(line, cells of COLUMNS) of each row of a CSV file, or (line, BadRow). line: the first line of the row"""
+    """(line, cells of COLUMNS and the names of other columns) of each row of a CSV file, or (line, BadRow).
+
+    line: the first line of the row"""
     csv.field_size_limit(LARGEST_CELL)
     # Read a byte that is no UTF-8 as a lone surrogate, so that only its own row becomes bad: recipes.parse refuses it.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -236,13 +240,18 @@ def csv_cells(file, path):
         raise UserError(
             f"{path} lacks the columns {lacks}; its first line has {header[:12]!r:.400}."
         )
+    twice = [name for name in COLUMNS if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has the column {twice[0]} twice: which one holds the recipes?")
     places = [header.index(name) for name in COLUMNS if name in header]
+    # The names of the other columns go with each row, so that the account can name what is not used.
+    others = tuple(name for name in header if name not in (*COLUMNS, *OF_RECIPENLG))
     line = reader.line_num + 1
     lines.size = 0
     for cells in reader:
         lines.size = 0
         if len(cells) == len(header):
-            yield line, tuple(cells[place] for place in places)
+            yield line, (*(cells[place] for place in places), others)
         elif not cells or (len(cells) == 1 and cells[0].isspace()):
             yield line, EMPTY
         else:
@@ -273,9 +282,10 @@ def decode(raw):
         return BadRow(str(why))
 
 
-def decode_cells(cells):
-    """{column: text or list} of the cells of a CSV row. An empty NER cell is left out."""
-    row = {}
+def decode_cells(raw):
+    """{column: text or list} of the cells of a CSV row. An empty NER cell is left out, the unused columns are None."""
+    *cells, others = raw
+    row = dict.fromkeys(others)
     # Not strict, because a file may have no column NER.
     for column, cell in zip(COLUMNS, cells, strict=False):
         if column == "title":

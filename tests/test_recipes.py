@@ -790,3 +790,25 @@ def test_a_process_killed_while_it_sends_is_one_sentence(three_thousand, tmp_pat
         process.kill()
     with pytest.raises(UserError, match="killed"):
         list(parts)
+
+
+def test_columns_of_a_csv_that_are_not_used_are_named(tmp_path):
+    header = [
+        "",
+        "title",
+        "ingredients",
+        "directions",
+        "link",
+        "source",
+        "NER",
+        "rating",
+        "cuisine",
+    ]
+    cells = ["0", "Tea", '["water"]', '["Boil."]', "x", "y", "", "5", "none"]
+    lines = "\n".join(
+        ",".join(f'"{c.replace(chr(34), chr(34) * 2)}"' for c in r) for r in (header, cells, cells)
+    )
+    (one, _), account = read_recipes(put(tmp_path / "a.csv", lines))
+    assert one.title == "Tea" and account.unused == {"rating": 2, "cuisine": 2}
+    with pytest.raises(UserError, match="the column title twice"):
+        read_recipes(put(tmp_path / "b.csv", lines.replace("rating", "title", 1)))
