@@ -448,6 +448,8 @@ def of_the_host(error):
     # A file that cannot be mapped and a process that cannot be forked are an OSError.
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return "error: the host's memory ran out. Nothing is half-written; free memory, or bring less data."
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"error: {error.filename!r:.200}: {error.strerror}. Name another path."
     if error.errno not in CANNOT_WRITE:
         raise error
     return cannot_write(error)

@@ -608,6 +608,7 @@ def module_names(path, key, value):
 
 def read_tensors(folder):
     """{PEFT's key: tensor} of an adapter. Each number is checked, because one NaN makes all logits NaN."""
+    disk.refuse_no_utf8(folder, "the adapter's folder")
     path = Path(folder) / "adapter_model.safetensors"
     try:
         with safe_open(path, framework="pt") as stored:

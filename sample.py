@@ -167,6 +167,7 @@ def prompt_rows(cfg, info):
 def read_prompts(path):
     """The rows of a file: a free prompt a line, or a JSON object with prompt, or title and ingredients."""
     try:
+        path = disk.user_path(path, "--prompts")
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompts {path} cannot be read ({e}).") from None
@@ -271,6 +272,7 @@ def find(cfg):
         return Source(hub.resolve(cfg.model, cache))
 
     run = Path(disk.user_path(cfg.run or "out", "--run"))
+    disk.refuse_no_utf8(run, "--run")
     info = read_run(run)
     if (run / "model.safetensors").exists():  # all weights were trained
         return Source(run, run, info)
@@ -337,9 +339,13 @@ def say_if_not_best(run):
     path = run / "state.json"
     if not path.exists():
         return
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    step = facts["step"]
-    best = facts["best_step"]
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        step = int(facts["step"])
+        best = int(facts["best_step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        # The file is for people, so a broken one costs a note only.
+        return
     if best < step:
         say("note", f"this is step {step}, the best was {best}: --run {run}/best")
 
@@ -436,7 +442,7 @@ def gap(cfg):
 @torch.no_grad()
 def evaluate(cfg):
     """--eval: measure run and base on the same held-out titles and recipes. A table or a JSON line on stdout."""
-    run = Path(cfg.run or "out")
+    run = Path(disk.user_path(cfg.run or "out", "--run"))
     info = read_run(run)
     base = hub.resolve(cfg.model or info["config"]["model"], disk.cache_folder(cfg.cache))
     held, text = held_out(cfg, run, info, base)
@@ -454,7 +460,7 @@ def evaluate(cfg):
         gc.collect()
 
     if cfg.json:
-        print(json.dumps({"asked": len(titles), **measures}))
+        print(disk.json_line({"asked": len(titles), **measures}))
     else:
         print(table(len(titles), measures))
 
@@ -494,7 +500,9 @@ def measured(cfg, who, titles, text, held, info):
     # Do not use compiled blocks, because each new length would compile a graph.
     with compiled.not_compiled(cfg.compile):
         loss = quality.held_out_loss(model, loss_of, batches)
-    return {**quality.measure(texts), "perplexity": math.exp(loss)}
+    # A float64 holds e to the power of 709 at most.
+    perplexity = math.exp(loss) if loss < 709 else math.inf
+    return {**quality.measure(texts), "perplexity": perplexity}
 
 
 def written(cfg, who, model, titles, text):

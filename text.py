@@ -59,6 +59,7 @@ class Text:
     def __init__(self, folder):
         files = tokenizers.read_files(folder)
         loaded = tokenizers.load(files)
+        tokenizers.say_contradictions(loaded, files)
         ends = list(files.end_ids)
         eos = loaded.token_to_id(files.named.get("eos_token", ""))
         if eos is not None:
@@ -341,6 +342,8 @@ def cache_key(files, held, rules, text, allow_bad):
         "end": text.end,
         "ends": sorted(text.ends),
         "control": text.control,
+        # repr() has the flags of a token, lstrip say.
+        "added": [repr(token) for token in text.tokenizer.get_added_tokens_decoder().values()],
         "embeddings": text.files.embeddings,
         "named": text.files.named,
         "templates": text.files.templates,

@@ -502,7 +502,7 @@ def main():
     job.built.model.train()
     flags = flags_of(cfg, job.data_cfg)
     with Stop() as stop, memory.out_of_memory(job.device, flags, job.built.model):
-        if facts.val_before is None:
+        if facts.step == 0 and facts.val_before is None:
             before_training(job)
         bar = cli.Progress(facts.total, "train")
         bar.step(facts.step)

@@ -267,6 +267,16 @@ def user_path(name, flag):
     return path
 
 
+def refuse_no_utf8(path, flag):
+    """A UserError for a path that is no UTF-8: the packages safetensors and tokenizers open no such file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{flag} {path}: the name is no UTF-8, so the files in it could not be opened again; rename it."
+        ) from None
+
+
 def at_home(config, *names):
     """A dataclass of flags, of which those named, paths or lists of paths, went through user_path."""
     changes = {}

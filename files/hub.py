@@ -113,6 +113,7 @@ def resolve(model, cache):
     """The model folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision]."""
     if model in (None, "", DEFAULT_MODEL):
         return default_model(cache)
+    disk.refuse_no_utf8(model, "--model")
     path = Path(disk.user_path(model, "--model"))
     if path.is_dir():
         return check_folder(path)

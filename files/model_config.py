@@ -77,6 +77,7 @@ USED = {
     "partial_rotary_factor",
     "layer_types",
     "eos_token_id",
+    "is_causal",
 }
 
 # {key: what it changes}. Known, and not computed by model.py.
@@ -181,6 +182,7 @@ HARMLESS = {
     "top_p": "sampling",
     "typical_p": "sampling",
     "remove_invalid_values": "sampling",
+    "loss_type": "of a training by transformers",
 }
 
 
@@ -312,7 +314,9 @@ def refuse_other_arithmetic(path, kind, config):
         layers = [layer for layer in layers if layer != "full_attention"]
     if not is_off(layers):
         raise UserError(f"{path}: layer_types has {shown(layers)}, which is not supported.")
-    wanted = {"model_type": MEANING[kind]["model_type"], "hidden_act": "silu"}
+    # Without the key attention is causal; false lets a token see later ones.
+    config = {"is_causal": True} | config
+    wanted = {"model_type": MEANING[kind]["model_type"], "hidden_act": "silu", "is_causal": True}
     # Mistral's layers of transformers have no biases, whatever the file says.
     if kind == "MistralForCausalLM":
         wanted |= {"attention_bias": False, "mlp_bias": False}

@@ -177,6 +177,7 @@ def check_out(out, resume, model, base, files):
 
     model: as --model says. base: the folder of the model. files: those of --data and --val_data. An adapter to begin
     with is read before anything is renamed, so it may lie in --out. Call this before all work: nothing is changed."""
+    disk.refuse_no_utf8(Path(out).absolute(), "--out")
     folder = Path(out).resolve()
     if folder.name == "best" and (folder.parent / "run.json").exists():
         raise UserError(f"--out {out} is a part of the run in {folder.parent}: name another --out.")

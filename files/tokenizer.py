@@ -12,7 +12,7 @@ is cut, and the other files add tokens and names. Each key of tokenizer_config.j
 refused by name.
 """
 
-from cli import UserError
+from cli import UserError, say
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 # The names under which transformers hands tokens to a chat template.
 NAMES = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
@@ -31,6 +31,9 @@ USED = {
     "added_tokens_decoder",
     "additional_special_tokens",
     "extra_special_tokens",
+    "model_specific_special_tokens",
+    "add_prefix_space",
+    "tokenizer_class",
     "split_special_tokens",
 }
 
@@ -42,16 +45,16 @@ HARMLESS = {
         " pad_to_multiple_of pad_token_type_id max_len model_input_names return_token_type_ids"
     ),
     "a step that tokenizer.json has in full": (
-        "add_bos_token add_eos_token add_prefix_space add_dummy_prefix_space legacy sp_model_kwargs do_lower_case"
+        "add_bos_token add_eos_token add_dummy_prefix_space legacy sp_model_kwargs do_lower_case"
         " tokenize_chinese_chars strip_accents do_basic_tokenize never_split keep_accents remove_space"
         " wordpieces_prefix unk_id errors fix_mistral_regex trim_offsets from_slow use_fast spm_file byte_fallback"
     ),
     "about decoding": "clean_up_tokenization_spaces spaces_between_special_tokens",
     "a name of a class, a file or a version": (
-        "tokenizer_class auto_map processor_class name_or_path _name_or_path tokenizer_file vocab_file merges_file"
-        " special_tokens_map_file added_tokens_file backend is_local local_files_only init_inputs tokenizer_type"
-        " transformers_version trust_remote_code _commit_hash revision cache_dir repo_type task device_map torch_dtype"
-        " dtype unsloth_fixed tokenizer_object image_processor_type"
+        "auto_map processor_class tool_parser_type verbose name_or_path _name_or_path tokenizer_file vocab_file"
+        " merges_file special_tokens_map_file added_tokens_file backend is_local local_files_only init_inputs"
+        " tokenizer_type transformers_version trust_remote_code _commit_hash revision cache_dir repo_type task"
+        " device_map torch_dtype dtype unsloth_fixed tokenizer_object image_processor_type"
     ),
     "a text for chats that only old templates read": "use_default_system_prompt default_system_prompt",
     "a copy of what is known already": "special_tokens added_tokens vocab_size tokens_trie response_schema",
@@ -83,6 +86,8 @@ class TokenizerFiles:
     window: int = 2048
     # How many rows the embedding has; None: config.json does not say.
     embeddings: int | None = None
+    # What tokenizer_config.json says of steps that tokenizer.json has in full: the class, add_prefix_space.
+    told: dict = field(default_factory=dict)
 
     @property
     def path(self):
@@ -121,6 +126,7 @@ def read_files(folder):
         end_ids=ends,
         window=size_of(folder, config, "max_position_embeddings") or 2048,
         embeddings=size_of(folder, config, "vocab_size"),
+        told=settings,
     )
 
 
@@ -202,9 +208,15 @@ def named_tokens(settings):
     """{"eos_token": "</s>", …} of all keys that end in _token and name one."""
     named = {}
     for key, token in settings.items():
-        if key.endswith("_token") and isinstance(token, str | dict):
-            named[key] = text_of(token)
-    return {key: text for key, text in named.items() if text}
+        # add_bos_token and its like are switches.
+        if key.endswith("_token") and token and not isinstance(token, bool):
+            text = text_of(token)
+            if not isinstance(text, str):
+                raise UserError(
+                    f"tokenizer_config.json: {key} is {token!r:.60}, which is no token."
+                )
+            named[key] = text
+    return named
 
 
 def text_of(token):
@@ -225,6 +237,7 @@ def mentioned_tokens(settings, named):
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         extra = list(extra.values())
+    extra = [*extra, *(settings.get("model_specific_special_tokens") or {}).values()]
     return [added_token(token) for token in [*named.values(), *extra]]
 
 
@@ -281,6 +294,35 @@ def load(files):
         texts = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_tokens([token for token in files.mentioned if token.content not in texts])
     return tokenizer
+
+
+def say_contradictions(tokenizer, files):
+    """Notes where transformers may cut a text otherwise than tokenizer.json says."""
+    puts_space = begins_with_space(tokenizer)
+    told = files.told.get("add_prefix_space")
+    if isinstance(told, bool) and told != puts_space:
+        say(
+            "note",
+            f"tokenizer_config.json says add_prefix_space {told}, tokenizer.json {puts_space}: tokenizer.json counts",
+        )
+    of_llama = str(files.told.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    if of_llama and isinstance(tokenizer.normalizer, normalizers.Sequence) and puts_space:
+        say(
+            "note",
+            "tokenizer.json puts a space behind each special token, as transformers 4 does; version 5 does not for "
+            "a LlamaTokenizer: tokenizer.json counts",
+        )
+
+
+def begins_with_space(tokenizer):
+    """Whether the tokenizer puts a space before a text."""
+    text = "a"
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        pieces = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        text, _ = pieces[0]
+    return text[:1] in ("▁", "Ġ", " ")
 
 
 def control_tokens(tokenizer, files):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import conftest
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -653,3 +654,34 @@ def test_the_hosts_memory_running_out_is_a_sentence(capsys, error):
     """An array in a file that cannot be mapped, and a process that cannot be forked, are an OSError."""
     code, _, err = ended(capsys, raising(error))
     assert code == 1 and "memory ran out" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("flag", ["--data", "--model", "--cache"])
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path, flag):
+    name = tmp_path / ("x" * 300)
+    done = conftest.program("data.py", flag, name, cwd=tmp_path, check=False)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert "File name too long" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--out", "--data", "--model"])
+def test_links_in_a_circle_are_one_sentence(tmp_path, tiny_model, flag):
+    (tmp_path / "loop").symlink_to("loop")
+    flags = {"--model": tiny_model, "--data": tmp_path / "none.jsonl", flag: tmp_path / "loop"}
+    parts = [part for pair in flags.items() for part in pair]
+    done = conftest.program("train.py", *parts, cwd=tmp_path, check=False)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, flag", [("train.py", "--out"), ("train.py", "--model"), ("sample.py", "--run")]
+)
+def test_a_folder_that_could_not_be_opened_again_is_refused(tmp_path, tiny_model, name, flag):
+    """The package safetensors opens no file whose path is no UTF-8."""
+    folder = tmp_path / os.fsdecode(b"cr\xe8me")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    done = conftest.program(name, flag, folder, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "the name is no UTF-8" in done.stderr

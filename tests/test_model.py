@@ -871,6 +871,14 @@ def test_a_mistral_without_the_key_has_a_window_that_hides_nothing_or_is_refused
         torch.testing.assert_close(ours, ref(ids).logits, rtol=0, atol=1e-3)
 
 
+def test_attention_that_is_not_causal_is_refused(spoiled):
+    """Without the key a Llama is causal; here false is no switch that is off."""
+    edit_config(spoiled, is_causal=True)
+    models.read_config(spoiled)
+    edit_config(spoiled, is_causal=False)
+    refused(spoiled, "config.json", "is_causal")
+
+
 @pytest.mark.parametrize(
     "key, value",
     [

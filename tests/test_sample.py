@@ -803,3 +803,9 @@ def test_texts_into_a_closed_pipe_are_a_silent_end(bos_model, tmp_path, json_fla
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=100, check=False)
     os.close(write)
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"error" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ['{"ste', '{"step": 3, "best_step": null}', "[]", "{}"])
+def test_a_broken_state_json_costs_a_note_only(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    sample.say_if_not_best(tmp_path)

@@ -37,6 +37,7 @@ import data
 import recipes
 import rows
 import template as templates
+import text as text_module
 from data import Data
 from files.sources import BadRow
 from recipes import Rules
@@ -912,7 +913,7 @@ def test_another_template_of_the_same_length_is_other_data(tmp_path):
         model = chats.byte_folder(tmp_path / name, template)
         cfg = data_config(tmp_path, made)
         dataset, held, _ = data.prepare(cfg, Rules(), model)
-        prints.append((data.fingerprint(dataset, held), dataset.rows["length"].tolist()))
+        prints.append((data.about_data(dataset, held), dataset.rows["length"].tolist()))
     assert prints[0][1] == prints[1][1] and prints[0][0] != prints[1][0]
 
 
@@ -926,3 +927,49 @@ def test_show_as_json_is_what_the_model_is_fed(tmp_path):
     assert first["ids"], first["targets"] == fed(Text(model), made[0])
     assert (second["text"], second["targets"]) == ("ab</s>", [0, 1, 1])
     assert first.keys() == {"text", "ids", "targets"}
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "normalized", "single_word"])
+def test_a_flag_of_a_token_is_a_part_of_the_cache_key(tmp_path, flag):
+    """added_tokens_decoder replaces the tokens of tokenizer.json, so other flags there are other tokens."""
+    template = "{% for m in messages %}{{ m.content }} </s> {% endfor %}"
+    keys = set()
+    for value in (False, True):
+        model = chats.byte_folder(tmp_path / str(value), template)
+        text = Text(model)
+        token = {"content": "</s>", "special": True, "normalized": False, flag: value}
+        number = str(text.control["</s>"])
+        path = model / "tokenizer_config.json"
+        settings = json.loads(path.read_text()) | {"added_tokens_decoder": {number: token}}
+        path.write_text(json.dumps(settings))
+        keys.add(text_module.cache_key([], [], None, Text(model), 0))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("told", [False, True, None])
+def test_add_prefix_space_that_tokenizer_json_contradicts_is_said(tmp_path, capsys, prefix, told):
+    tokenizer = chats.byte_level(prefix=prefix)
+    tokenizer.add_tokens(["</s>"])
+    model = chats.save(tmp_path / "model", tokenizer, None, ["</s>"], add_prefix_space=told)
+    Text(model)
+    assert ("tokenizer.json counts" in capsys.readouterr().err) == (
+        told is not None and told != prefix
+    )
+
+
+@pytest.mark.parametrize("token", [5, {"content": None}, ["</s>"]])
+def test_a_named_token_that_is_no_token_is_refused(tmp_path, token):
+    model = make_model(tmp_path / "model")
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(UserError, match="eos_token|cannot be read"):
+        Text(model)
+
+
+def test_a_folder_that_transformers_saved_is_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(tmp_path / "model")
+    (model / "tokenizer_config.json").write_text('{"eos_token": "</s>", "image_token": "<s>"}')
+    other = transformers.AutoTokenizer.from_pretrained(model)
+    other.save_pretrained(model)
+    assert Text(model).end == 1
