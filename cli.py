@@ -425,6 +425,11 @@ def outcome(main):
         if e is TERMINAL.error:
             return of_stdout(e)
         return 1, of_the_host(e)
+    except RuntimeError as e:
+        # Python up to 3.12 raises this where the links of a path lead in a circle.
+        if "Symlink loop" not in str(e):
+            raise
+        return 1, f"error: {e}. Name another path."
     return code, ""
 
 

@@ -19,8 +19,30 @@ ROLES = {"system", "user", "assistant", "tool"}
 
 # Keys of a row that the template gets beside the turns.
 FOR_THE_TEMPLATE = ["tools", "documents"]
-# Keys of a row that change what a chat is, and that this program cannot honour.
-REFUSED = ["functions", "function_call", "system", "weight", "images", "videos", "audios"]
+# Keys of a row that change what is learned of a chat or a text, and that this program cannot honour.
+REFUSED = [
+    *(
+        "functions",
+        "function_call",
+        "images",
+        "videos",
+        "audios",
+        "system",
+        "system_prompt",
+        "enable_thinking",
+    ),
+    *(
+        "weight",
+        "weights",
+        "loss_weight",
+        "train",
+        "loss",
+        "loss_mask",
+        "labels",
+        "chosen",
+        "rejected",
+    ),
+]
 
 # Characters of Unicode's planes 15 and 16, for private use: template.py marks the parts of a chat with them.
 PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
@@ -108,9 +130,11 @@ def parse_fields(row):
         recipe = Recipe(prompt="", completion=chat.said(), chat=chat)
         used = CHAT
     elif "completion" in row:
+        refuse_fields(row, "completion")
         recipe = Recipe(prompt=text_of(row, "prompt"), completion=text_of(row, "completion"))
         used = PAIR
     elif "text" in row:
+        refuse_fields(row, "text")
         recipe = Recipe(prompt="", completion=text_of(row, "text"))
         used = TEXT
     else:
@@ -131,6 +155,13 @@ def parse_lists(row):
         steps = "steps"
     recipe = Recipe(text_of(row, "title"), texts_of(row, "ingredients"), texts_of(row, steps), ner)
     return recipe, LISTS | {steps}
+
+
+def refuse_fields(row, beside):
+    """Raise BadRow for a field that would change what is learned. An empty one says nothing; false and 0 do."""
+    for key in REFUSED:
+        if row.get(key) not in (None, "", [], {}):
+            raise BadRow(f"`{key}` beside `{beside}` is not supported")
 
 
 def text_of(row, name):
@@ -158,9 +189,7 @@ def wrong_field(row, name, kind):
 
 def parse_chat(row):
     """The Chat in a row with `messages`. Raises BadRow, which names what is wrong or cannot be honoured."""
-    for key in REFUSED:
-        if row.get(key):
-            raise BadRow(f"`{key}` beside `messages` is not supported")
+    refuse_fields(row, "messages")
     turns = parse_turns(row["messages"])
     if not any(is_learned(turn) for turn in turns):
         raise BadRow("`messages` has no turn of the assistant with a weight of 1: nothing to learn")
@@ -224,7 +253,7 @@ def parse_more(row):
         if isinstance(value, str) and value:
             # Many datasets keep a list of tools as JSON in a text, because their columns have one type.
             value = from_json(key, value)
-        if not value:
+        if value in (None, ""):
             continue
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise BadRow(f"`{key}` is no list of objects but {value!r:.40}")

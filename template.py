@@ -74,21 +74,26 @@ class Template:
             try:
                 with self.bounded():
                     box = sandbox()
+                    source.encode()  # a lone surrogate raises an error here
                     found[name] = (box.from_string(source), *names_in(box, source))
-            except UserError:
-                raise
+            except UserError as e:
+                found[name] = e
             # Catch every Exception, because a template is code that may fail in any way.
             except Exception as e:
-                raise UserError(
+                found[name] = UserError(
                     f"{self.folder}: the chat template {name!r} cannot be read "
                     f"(line {getattr(e, 'lineno', '?')}: {e})."
-                ) from None
+                )
         return found
 
     def pick(self, more):
         """What `compile` found of the right template: "tool_use" for tools, if there is one, as in transformers."""
         name = "tool_use" if "tools" in more and "tool_use" in self.compiled else "default"
-        return self.compiled[name]
+        found = self.compiled[name]
+        # A template that cannot be read does no harm until it is wanted.
+        if isinstance(found, UserError):
+            raise found
+        return found
 
     @contextlib.contextmanager
     def bounded(self):
@@ -115,6 +120,13 @@ class Template:
         except Exception as e:
             raise BadRow(f"the chat template refuses it: {e}") from None
 
+    def prints(self, messages, more, ask=False):
+        """The same text; None where the template refuses it."""
+        try:
+            return self.render(messages, more, ask)
+        except BadRow:
+            return None
+
     # --- what somebody wrote, and what the template put ---
 
     def escaped(self, value):
@@ -124,7 +136,7 @@ class Template:
         if isinstance(value, list):
             return [self.escaped(item) for item in value]
         if isinstance(value, dict):
-            return {key: self.escaped(item) for key, item in value.items()}
+            return {self.escaped(key): self.escaped(item) for key, item in value.items()}
         return value
 
     def alias_of(self, match):
@@ -179,7 +191,8 @@ class Template:
             names = names.union(REASONING)
         for turn in messages:
             for key in turn.keys() - ABOUT_A_TURN - names:
-                if turn[key]:
+                # False and 0 say something, "train": false for example.
+                if turn[key] not in ("", [], {}):
                     raise BadRow(f"the chat template does not print `{key}` of a turn")
 
     def check_calls(self, messages, more, text, ask):
@@ -187,12 +200,12 @@ class Template:
         for n, turn in enumerate(messages):
             if turn.get("tool_calls"):
                 without = [*messages[:n], {**turn, "tool_calls": None}, *messages[n + 1 :]]
-                if self.render(without, more, ask) == text:
+                if self.prints(without, more, ask) == text:
                     raise BadRow("the chat template does not print `tool_calls`")
         for key in FOR_THE_TEMPLATE:
-            if key in more:
+            if more.get(key):
                 without = {other: value for other, value in more.items() if other != key}
-                if self.render(messages, without, ask) == text:
+                if self.prints(messages, without, ask) == text:
                     raise BadRow(f"the chat template does not print `{key}`")
 
     def check_seams(self, before, content, behind):
@@ -402,10 +415,7 @@ class Told:
         """What the template prints for the first n turns; None where it refuses so few."""
         if not n and not ask:
             return ""
-        try:
-            return self.template.render(self.messages[:n], self.more, ask)
-        except BadRow:
-            return None
+        return self.template.prints(self.messages[:n], self.more, ask)
 
     def span(self, n, turns):
         """(begin, end) of what turn n of the assistant has to learn, with its end token. turns: all of the assistant"""
@@ -448,10 +458,12 @@ class Told:
         later = [turn for turn in turns if turn > n]
         if not later:
             return len(self.text)
-        before = self.beginning(later[0])
-        if before is None or not self.text.startswith(before):
-            raise ambiguous()
-        return len(before)
+        # Some templates print something else at the end of a conversation that does not ask for more.
+        for ask in (False, True):
+            before = self.beginning(later[0], ask)
+            if before is not None and self.text.startswith(before):
+                return len(before)
+        raise ambiguous()
 
     def words(self, n):
         """(begin, end) of the words of turn n in the text: what changes when other words are put there."""

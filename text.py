@@ -58,7 +58,7 @@ class Text:
 
     def __init__(self, folder):
         files = tokenizers.read_files(folder)
-        loaded = tokenizers.load(files)
+        loaded, self.control = tokenizers.load(files)
         tokenizers.say_contradictions(loaded, files)
         ends = list(files.end_ids)
         eos = loaded.token_to_id(files.named.get("eos_token", ""))
@@ -72,8 +72,9 @@ class Text:
         self.end = ends[0]
         self.ends = set(ends)
         self.window = files.window
-        # {text: id} of the tokens that a text of somebody's must not hold: a recipe must not end at "<|im_end|>".
-        self.control = tokenizers.control_tokens(loaded, files)
+        # self.control is {text: id} of the tokens that a text of somebody's must not hold: a recipe must not end at
+        # "<|im_end|>".
+        self.loaded = loaded
         self.tokenizer = tokenizers.plain(loaded, self.control)
         self.never = tokenizers.never_from_text(loaded, self.control, files)
         # Whether the vocabulary has ids for which the embedding has no row.
@@ -81,7 +82,9 @@ class Text:
             max(loaded.get_vocab().values(), default=0) >= files.embeddings
         )
         # Whether some tokenizer makes a control token out of plain text all the same.
-        self.leaks = any(self.never.intersection(ids) for ids in self.encode(list(self.control)))
+        made = [self.end not in self.control.values()]
+        made += [bool(self.never.intersection(ids)) for ids in self.encode(list(self.control))]
+        self.leaks = any(made)
 
         # Ask the tokenizer what it puts in front of a text: one BOS, or nothing.
         encoded = self.tokenizer.encode("a")
@@ -208,12 +211,12 @@ class Text:
     @cached_property
     def whole(self):
         """The tokenizer of a chat in which nobody wrote a control token."""
-        return tokenizers.whole(self.tokenizer)
+        return tokenizers.whole(self.loaded)
 
     @cached_property
     def aliased(self):
         """(the tokenizer of any other chat, {its id: the true id})"""
-        return tokenizers.aliased(self.tokenizer, self.control)
+        return tokenizers.aliased(self.loaded, self.control)
 
     def encode_chat(self, printed):
         """A text of template.py -> (its ids, where each begins in the text, the text's spans that are learned)
@@ -228,7 +231,15 @@ class Text:
             put = self.template.text_of
             printed = self.template.exchanged(printed)
         text, spans = template.unmark(printed)
-        encoded = tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoded = tokenizers.encode_whole(tokenizer, text)
+        except ValueError as why:
+            raise BadRow(str(why)) from None
+        taken = sum(token in true_ids for token in encoded.ids)
+        if true_ids and taken < len(rows.PRIVATE.findall(text)):
+            raise BadRow(
+                "the tokenizer does not take the template's special tokens beside these words"
+            )
         ids = [true_ids.get(token, token) for token in encoded.ids]
         for token, (begin, end) in zip(ids, encoded.offsets, strict=True):
             if token in self.never and text[begin:end].strip() not in put:
@@ -249,13 +260,12 @@ class Text:
         ids, begins, spans = self.encode_chat(printed)
         is_target = np.zeros(len(ids), dtype=bool)
         for begin, end in spans:
-            of_span = np.flatnonzero((begins >= begin) & (begins < end))
-            is_target[of_span] = True
-            if len(of_span):
-                last = of_span[-1]
-                next_one = ids[last + 1 : last + 2]
-                if ids[last] not in self.ends and next_one.size and next_one[0] in self.ends:
-                    is_target[last + 1] = True
+            # Tokens of the span: first is the first one, behind is the one behind the last.
+            first, behind = np.searchsorted(begins, (begin, end))
+            is_target[first:behind] = True
+            has_end = behind > first and ids[behind - 1] in self.ends
+            if not has_end and behind < len(ids) and ids[behind] in self.ends:
+                is_target[behind] = True
         if not is_target[1:].any():
             raise BadRow("it has no token to learn")
         return array("I", np.where(is_target, ids, ids | NEVER).astype(np.uint32).tobytes())

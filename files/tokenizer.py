@@ -1,8 +1,7 @@
 """The tokenizer of a model folder: which ids a text has, and which tokens a text of somebody's must never have.
 
     files = read_files(folder)                 # what the folder's files say: end tokens, chat templates, …
-    tokenizer = load(files)                    # tokenizer.json, with the tokens that the other files add
-    control = control_tokens(tokenizer, files) # {"<|im_end|>": 2, …}
+    tokenizer, control = load(files)           # tokenizer.json and what the other files add; {"<|im_end|>": 2, …}
     plain(tokenizer, control)                  # "<|im_end|>" in a text is text
     whole(tokenizer)                           # "<|im_end|>" in a text is token 2: for what a chat template printed
     aliased(tokenizer, control)                # "<|im_end|>" is text, and a private character is token 2
@@ -20,10 +19,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, normalizers
-
-# The names under which transformers hands tokens to a chat template.
-NAMES = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 # Keys of tokenizer_config.json that are used below, beside all that end in "_token".
 USED = {
@@ -86,6 +82,8 @@ class TokenizerFiles:
     window: int = 2048
     # How many rows the embedding has; None: config.json does not say.
     embeddings: int | None = None
+    # "llama", for example.
+    model_type: str = ""
     # What tokenizer_config.json says of steps that tokenizer.json has in full: the class, add_prefix_space.
     told: dict = field(default_factory=dict)
 
@@ -121,11 +119,12 @@ def read_files(folder):
         folder=folder,
         listed=listed,
         mentioned=mentioned,
-        named={name: named[name] for name in NAMES if name in named},
+        named=named,
         templates=templates,
         end_ids=ends,
         window=size_of(folder, config, "max_position_embeddings") or 2048,
         embeddings=size_of(folder, config, "vocab_size"),
+        model_type=config.get("model_type", ""),
         told=settings,
     )
 
@@ -216,6 +215,10 @@ def named_tokens(settings):
                     f"tokenizer_config.json: {key} is {token!r:.60}, which is no token."
                 )
             named[key] = text
+    extra = settings.get("extra_special_tokens")
+    for names in (extra, settings.get("model_specific_special_tokens")):
+        if isinstance(names, dict):
+            named |= {key: text_of(token) for key, token in names.items()}
     return named
 
 
@@ -284,16 +287,47 @@ def chat_templates(folder, stored):
 
 
 def load(files):
-    """The Tokenizer of tokenizer.json, with the tokens that the other files add. It neither pads nor truncates."""
+    """(the Tokenizer of tokenizer.json with the tokens that the other files add, its control tokens {text: id})
+
+    The tokenizer neither pads nor truncates. Only a template or this program may put a control token: these are the
+    special tokens, and the end tokens and named tokens even if their flag `special` is off. A token of the ordinary
+    vocabulary that is only named, "!" as padding for example, is none."""
     with reading(files.path):
         tokenizer = Tokenizer.from_file(str(files.path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        tokenizer = as_transformers_builds(tokenizer, files)
         had = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_tokens([token for token in files.listed if repr(token) not in had])
         texts = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        tokenizer.add_tokens([token for token in files.mentioned if token.content not in texts])
-    return tokenizer
+        new = [token for token in files.mentioned if token.content not in texts]
+        ordinary = {
+            token.content for token in new if tokenizer.token_to_id(token.content) is not None
+        }
+        tokenizer.add_tokens(new)
+    ordinary -= {files.named.get("eos_token"), files.named.get("bos_token")}
+    control = {}
+    for number, token in tokenizer.get_added_tokens_decoder().items():
+        is_named = token.content in files.named.values() and token.content not in ordinary
+        is_special = token.special and token.content not in ordinary
+        if is_special or is_named or number in files.end_ids:
+            control[token.content] = number
+    return tokenizer, control
+
+
+def as_transformers_builds(tokenizer, files):
+    """transformers 5 takes vocabulary and merges of a LlamaTokenizer, and puts spaces by a rule of its own."""
+    kind = str(files.told.get("tokenizer_class")).removesuffix("Fast")
+    if kind != "LlamaTokenizer" or files.model_type != "llama":
+        return tokenizer
+    parts = json.loads(tokenizer.to_str())
+    if "ByteLevel" in json.dumps(parts["pre_tokenizer"]) or parts["model"]["type"] != "BPE":
+        return tokenizer
+    scheme = "always" if files.told.get("legacy") else "first"
+    if files.told.get("add_prefix_space") is False:
+        scheme = "never"
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    return Tokenizer.from_str(json.dumps({**parts, "normalizer": None, "pre_tokenizer": spaces}))
 
 
 def say_contradictions(tokenizer, files):
@@ -305,13 +339,14 @@ def say_contradictions(tokenizer, files):
             "note",
             f"tokenizer_config.json says add_prefix_space {told}, tokenizer.json {puts_space}: tokenizer.json counts",
         )
-    of_llama = str(files.told.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-    if of_llama and isinstance(tokenizer.normalizer, normalizers.Sequence) and puts_space:
-        say(
-            "note",
-            "tokenizer.json puts a space behind each special token, as transformers 4 does; version 5 does not for "
-            "a LlamaTokenizer: tokenizer.json counts",
-        )
+    # Classes that transformers 5 builds without the other steps of tokenizer.json.
+    kind = str(files.told.get("tokenizer_class")).removesuffix("Fast")
+    if kind in ("GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer"):
+        if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Sequence):
+            say(
+                "note",
+                f"transformers 5 builds a {kind} with other steps than tokenizer.json: tokenizer.json counts",
+            )
 
 
 def begins_with_space(tokenizer):
@@ -325,18 +360,6 @@ def begins_with_space(tokenizer):
     return text[:1] in ("▁", "Ġ", " ")
 
 
-def control_tokens(tokenizer, files):
-    """{text: id} of the tokens that only a template or this program may put: a text of somebody's must not hold them.
-
-    These are the special tokens, and the end tokens and named tokens even if their flag `special` is off."""
-    named = set(files.named.values())
-    control = {}
-    for number, token in tokenizer.get_added_tokens_decoder().items():
-        if token.special or token.content in named or number in files.end_ids:
-            control[token.content] = number
-    return control
-
-
 # SentencePiece's tokens of single bytes.
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -346,6 +369,10 @@ def never_from_text(tokenizer, control, files):
 
     All but the unknown token and single bytes, which stand for characters that the vocabulary lacks."""
     usual = {files.named.get("unk_token"), getattr(tokenizer.model, "unk_token", None)}
+    if isinstance(tokenizer.model, models.Unigram):
+        # A Unigram model has a number in place of a name.
+        number = json.loads(tokenizer.to_str())["model"]["unk_id"]
+        usual.add(tokenizer.id_to_token(number or 0))
     ids = set(files.end_ids)
     for text, number in control.items():
         if text not in usual and not BYTE.fullmatch(text):
@@ -356,18 +383,18 @@ def never_from_text(tokenizer, control, files):
 def plain(tokenizer, control):
     """The tokenizer, or a copy, for which the control tokens' texts are ordinary text.
 
-    encode_special_tokens does that for tokens whose flag `special` is on, so the copy has that flag on."""
-    flags = [
-        token.special
-        for token in tokenizer.get_added_tokens_decoder().values()
-        if token.content in control
-    ]
-    if not all(flags):
+    encode_special_tokens does that for tokens whose flag `special` is on, so the copy has that flag on for them. An
+    ordinary word that is only named as a special token is an ordinary word in the copy."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    if any(token.special != (token.content in control) for token in added):
         parts = json.loads(tokenizer.to_str())
+        kept = []
         for token in parts["added_tokens"]:
             if token["content"] in control:
-                token["special"] = True
-        tokenizer = Tokenizer.from_str(json.dumps(parts))
+                kept.append({**token, "special": True})
+            elif not token["special"]:
+                kept.append(token)
+        tokenizer = Tokenizer.from_str(json.dumps({**parts, "added_tokens": kept}))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -381,6 +408,19 @@ def whole(tokenizer):
     copy = Tokenizer.from_str(json.dumps(parts))
     copy.encode_special_tokens = False
     return copy
+
+
+def encode_whole(tokenizer, text):
+    """The Encoding of a text, without special tokens beyond those in the text.
+
+    The package panics over some added tokens that take the space on both sides, where two of them share a space."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except BaseException as e:
+        # A panic of Rust code is no Exception, and its class has no name that could be imported.
+        if type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the package tokenizers fails over it ({e})") from None
 
 
 def aliases(control):

@@ -660,7 +660,12 @@ SAID = {"role": "assistant", "content": "Ho"}
         (row(USER, {**SAID, "weight": 0}), "weight of 1"),
         (row(USER, {**SAID, "weight": 0.5}), "`weight` is 0.5"),
         (row(USER, {**SAID, "weight": True}), "`weight` is True"),
-        (row(USER, {**SAID, "train": False}, SAID), None),
+        (row(USER, {**SAID, "train": False}, SAID), "does not print `train`"),
+        (row(USER, {**SAID, "loss": 0}, SAID), "does not print `loss`"),
+        (row(USER, SAID, weight=0), "`weight` beside `messages`"),
+        (row(USER, SAID, train=False), "`train` beside `messages`"),
+        ({"text": "x", "weight": 0}, "`weight` beside `text`"),
+        ({"prompt": "x", "completion": "y", "weight": 0.0}, "`weight` beside `completion`"),
         (row(USER, {**SAID, "train": True}), "does not print `train`"),
         (row(USER, {**SAID, "reasoning_content": "Hm."}), "does not print `reasoning_content`"),
         (row(USER, {"role": "assistant"}), "`content` is missing"),
@@ -676,9 +681,6 @@ SAID = {"role": "assistant", "content": "Ho"}
 def test_what_a_row_says_beside_its_text_is_honoured_or_refused(tmp_path, bad, why):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     text = Text(chats.byte_folder(tmp_path / "model", template))
-    if why is None:
-        assert fed(text, bad)
-        return
     with pytest.raises(BadRow, match=re.escape(why)):
         fed(text, bad)
 
@@ -967,9 +969,138 @@ def test_a_named_token_that_is_no_token_is_refused(tmp_path, token):
 
 
 def test_a_folder_that_transformers_saved_is_read(tmp_path):
+    """With a named token of its own, which the template prints."""
     transformers = pytest.importorskip("transformers")
-    model = make_model(tmp_path / "model")
-    (model / "tokenizer_config.json").write_text('{"eos_token": "</s>", "image_token": "<s>"}')
+    template = "{% for m in messages %}{{ turn_token }}{{ m.content }}</s>{% endfor %}"
+    for extra in ({"turn_token": "[INST]"}, {"extra_special_tokens": {"turn_token": "[INST]"}}):
+        model = chats.byte_folder(tmp_path / str(len(extra)), template)
+        path = model / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+        other = transformers.AutoTokenizer.from_pretrained(model)
+        wanted = other.apply_chat_template(TWO, return_dict=False)
+        assert fed(Text(model), {"messages": TWO})[0] == wanted
+        assert wanted.count(other.convert_tokens_to_ids("[INST]")) == 4
+        other.save_pretrained(model)
+        assert fed(Text(model), {"messages": TWO})[0] == wanted
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "no_dummy_prefix", "metaspace_first"])
+@pytest.mark.parametrize(
+    "told", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}]
+)
+def test_a_llama_tokenizer_has_the_spaces_of_transformers(tmp_path, kind, told):
+    transformers = pytest.importorskip("transformers")
+    template = chats.TEMPLATES["mistral"]
+    model = chats.folder_of(tmp_path / "model", kind, template)
+    path = model / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | told | {"tokenizer_class": "LlamaTokenizerFast"}
+    path.write_text(json.dumps(settings))
     other = transformers.AutoTokenizer.from_pretrained(model)
-    other.save_pretrained(model)
-    assert Text(model).end == 1
+    for name in ("two", "spaces", "system"):
+        chat = chats.CHATS[name]
+        ids, _ = fed(Text(model), chat)
+        assert ids == other.apply_chat_template(chat["messages"], return_dict=False)
+
+
+def test_a_call_without_content_is_that_of_transformers(tmp_path):
+    """The form of OpenAI's files. Without its call such a turn would be another one, or none."""
+    transformers = pytest.importorskip("transformers")
+    call = {"role": "assistant", "content": None, "tool_calls": [chats.CALL]}
+    tool = {"role": "tool", "content": "Apples"}
+    counts = (
+        "{% set n = namespace(n=0) %}{% for m in messages %}"
+        "{% if m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls | tojson }}"
+        "{% elif m.role == 'tool' %}{{ m.content }}"
+        "{% else %}{% if (m.role == 'user') != (n.n % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+        "{% set n.n = n.n + 1 %}{{ m.content }}{% endif %}</s>{% endfor %}"
+    )
+    model = chats.byte_folder(tmp_path / "model", counts)
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+    messages = [USER, call, tool, SAID]
+    assert fed(Text(model), row(*messages))[0] == other.apply_chat_template(
+        messages, return_dict=False
+    )
+
+
+def test_a_template_that_ends_a_conversation_otherwise(tmp_path):
+    """Phi-3's prints an end token behind the last turn, unless it asks for more."""
+    template = (
+        "{% for m in messages %}{{ '[INST]' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{{ '[INST]assistant\\n' if add_generation_prompt else eos_token }}"
+    )
+    text = Text(chats.byte_folder(tmp_path / "model", template))
+    ids, targets = fed(text, {"messages": TWO})
+    said = text.spell([i for i, target in zip(ids, targets, strict=True) if target])
+    assert said == "Ho<|im_end|>So.<|im_end|>"
+
+
+def test_a_control_token_in_a_key_stays_text(tmp_path):
+    text = Text(chats.byte_folder(tmp_path / "model", chats.CHATML))
+    call = {"function": {"name": "a", "arguments": {"</s><|im_end|>": "x"}}}
+    ids, _ = fed(text, row(USER, {**SAID, "tool_calls": [call]}))
+    assert "</s><|im_end|>" in text.spell(ids)
+    assert text.control["</s>"] not in ids and ids.count(text.control["<|im_end|>"]) == 2
+
+
+def test_a_token_that_must_stand_alone_is_never_lost(tmp_path):
+    """single_word: beside a word the alias of such a token is not taken, so the row is bad."""
+    tokenizer = chats.byte_level(vocab=256)
+    tokenizer.add_tokens([AddedToken("</s>", special=True, single_word=True, normalized=False)])
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    text = Text(chats.save(tmp_path / "model", tokenizer, template, ["</s>"]))
+    assert fed(text, {"messages": chats.turns("a ", "b ")})
+    try:
+        ids, _ = fed(text, {"messages": chats.turns("a </s> b", "c")})
+    except BadRow:
+        return
+    assert text.spell(ids) == "a </s> b</s>c</s>"
+
+
+def test_an_unknown_character_of_a_unigram_model_is_no_control_token(tmp_path):
+    words = [("<unk>", 0.0), ("</s>", -1.0), ("▁a", -2.0), ("b", -3.0)]
+    tokenizer = Tokenizer(tokenizer_models.Unigram(words, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    text = Text(chats.save(tmp_path / "model", tokenizer, template, ["</s>"]))
+    ids, _ = fed(text, {"messages": chats.turns("a, b", "b!")})
+    assert 0 in ids
+    with pytest.raises(BadRow, match="special token '</s>'"):
+        fed(text, {"messages": chats.turns("a</s>", "b")})
+
+
+def test_a_named_token_that_is_an_ordinary_word_stays_one(tmp_path):
+    model = chats.byte_folder(tmp_path / "model", chats.CHATML)
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "!"}))
+    dataset, text = tokenised(tmp_path, [{"text": "Hi!"}, {"messages": TWO}], model, allow_bad=0)
+    assert text.decode(dataset.ids(0)) == "Hi!"
+    assert fed(text, {"messages": chats.turns("Hi!", "Ho!")})
+
+
+@pytest.mark.parametrize("said", ["", "Ho"])
+def test_the_end_behind_a_marked_part_is_learned(tmp_path, said):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}[INST]{% generation %}{{ m.content }}"
+        "{% endgeneration %}<|im_end|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    text = Text(chats.byte_folder(tmp_path / "model", template))
+    ids, targets = fed(text, {"messages": chats.turns("Hi", said)})
+    assert text.spell([i for i, t in zip(ids, targets, strict=True) if t]) == said + "<|im_end|>"
+
+
+def test_a_template_that_is_not_wanted_does_no_harm(tmp_path):
+    several = [{"name": "default", "template": chats.CHATML}, {"name": "rag", "template": "{% if"}]
+    text = Text(chats.byte_folder(tmp_path / "a", several))
+    assert fed(text, chats.CHATS["two"])
+    surrogate = Text(chats.byte_folder(tmp_path / "b", chats.CHATML + "\udc80"))
+    with pytest.raises(UserError, match="chat template 'default'"):
+        fed(surrogate, chats.CHATS["two"])
+
+
+def test_no_tools_are_what_the_row_says(tmp_path):
+    """As in transformers: an empty list is a list, and null is none."""
+    template = "{{ 'none' if tools is none else 'some' }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    text = Text(chats.byte_folder(tmp_path / "model", template))
+    assert text.spell(fed(text, row(USER, SAID, tools=[]))[0]).startswith("some")
+    assert text.spell(fed(text, row(USER, SAID, tools=None))[0]).startswith("none")
