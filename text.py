@@ -73,7 +73,7 @@ class Text:
         self.ends = set(ends)
         self.window = files.window
         # self.control is {text: id} of the tokens that a text of somebody's must not hold: a recipe must not end at
-        # "<|im_end|>".
+        # "<|im_end|>". `loaded` takes them wherever they stand, `tokenizer` nowhere.
         self.loaded = loaded
         self.tokenizer = tokenizers.plain(loaded, self.control)
         self.never = tokenizers.never_from_text(loaded, self.control, files)
@@ -81,8 +81,9 @@ class Text:
         self.exceeds = files.embeddings is not None and (
             max(loaded.get_vocab().values(), default=0) >= files.embeddings
         )
-        # Whether some tokenizer makes a control token out of plain text all the same.
-        made = [self.end not in self.control.values()]
+        # Whether this tokenizer makes a control token out of plain text all the same: an end token of the ordinary
+        # vocabulary, or the text of a control token that is a word of the vocabulary, too.
+        made = [not self.ends.issubset(self.control.values())]
         made += [bool(self.never.intersection(ids)) for ids in self.encode(list(self.control))]
         self.leaks = any(made)
 
@@ -185,7 +186,7 @@ class Text:
         return f"{word!r} is token {token}, and the model has embeddings for {self.files.embeddings} only"
 
     def unusable(self, ids):
-        """Why no model can be given these ids of somebody's text; an empty text where it can."""
+        """Why these ids of somebody's text cannot be used; an empty text where they can."""
         if self.exceeds and self.is_beyond(ids):
             return self.beyond(ids)
         leaked = self.never.intersection(ids)
@@ -276,7 +277,8 @@ class Text:
             turns = rows.parse_turns(messages)
             ids, _, _ = self.encode_chat(self.template.print_prompt(turns))
         except BadRow as why:
-            raise UserError(f"--chat: {why}.") from None
+            said = str(why).rstrip(".")
+            raise UserError(f"--chat: {said}.") from None
         return ids.tolist()
 
 

@@ -45,7 +45,7 @@ HARMLESS = {
         " tokenize_chinese_chars strip_accents do_basic_tokenize never_split keep_accents remove_space"
         " wordpieces_prefix unk_id errors fix_mistral_regex trim_offsets from_slow use_fast spm_file byte_fallback"
     ),
-    "about decoding": "clean_up_tokenization_spaces spaces_between_special_tokens",
+    "about decoding": "clean_up_tokenization_spaces spaces_between_special_tokens decode_with_prefix_space",
     "a name of a class, a file or a version": (
         "auto_map processor_class tool_parser_type verbose name_or_path _name_or_path tokenizer_file vocab_file"
         " merges_file special_tokens_map_file added_tokens_file backend is_local local_files_only init_inputs"

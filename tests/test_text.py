@@ -1104,3 +1104,16 @@ def test_no_tools_are_what_the_row_says(tmp_path):
     text = Text(chats.byte_folder(tmp_path / "model", template))
     assert text.spell(fed(text, row(USER, SAID, tools=[]))[0]).startswith("some")
     assert text.spell(fed(text, row(USER, SAID, tools=None))[0]).startswith("none")
+
+
+def test_a_second_end_token_of_the_ordinary_vocabulary_is_found_in_a_text(tmp_path):
+    """Sampling stops at both, so a text that holds one in its middle is a bad row."""
+    model = make_model(tmp_path / "model")
+    plain = PlainTokenizer(model)
+    (flour,) = plain.ids(" flour")
+    config = json.loads((model / "config.json").read_text()) | {"eos_token_id": [1, flour]}
+    (model / "config.json").write_text(json.dumps(config))
+    dataset, _ = tokenised(
+        tmp_path, [{"text": "Mix flour."}, {"text": "Boil."}], model, allow_bad=1
+    )
+    assert (dataset.account["kept"], dataset.account["bad"]) == (1, 1)
