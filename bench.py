@@ -148,23 +148,24 @@ def check_installed(peers):
 
 def make_model(folder, shape):
     """Make a Hugging Face folder: random weights in bf16 shards, and a tokenizer whose words w2, w3, … are tokens."""
-    if (folder / "done").exists():
+    if (folder / "made").exists():
         return
     shape = SHAPES[shape]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shard_of_tensor = write_weights(folder, shapes_of_tensors(shape), shards=shape.blocks // 8)
     write_tokenizer(folder, shape.vocab)
-    # Let every token end a text, because random weights would never end the recipe that train.py writes.
+    # Let half of the tokens end a text, because random weights would never end the recipe that train.py writes. The
+    # recipes have words of the other half only.
     configs = {
         "config": model_config(shape),
-        "generation_config": {"eos_token_id": list(range(shape.vocab))},
+        "generation_config": {"eos_token_id": list(range(shape.vocab // 2, shape.vocab))},
         "tokenizer_config": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"},
         "model.safetensors.index": {"metadata": {}, "weight_map": shard_of_tensor},
     }
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "done").touch()
+    (folder / "made").touch()
 
 
 def shapes_of_tensors(shape):
@@ -266,7 +267,7 @@ def make_recipes(file, lengths, vocab):
     rng = np.random.default_rng(2)
     with open(file, "w", encoding="utf-8") as out:
         for n in lengths:
-            words = [f"w{i}" for i in rng.integers(2, vocab, n)]
+            words = [f"w{i}" for i in rng.integers(2, vocab // 2, n)]
             out.write(json.dumps({"text": " ".join(words)}) + "\n")
     return file
 
