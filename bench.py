@@ -238,7 +238,6 @@ def model_config(shape):
         "num_hidden_layers": shape.blocks,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.hidden // shape.heads,
         "vocab_size": shape.vocab,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
