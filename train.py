@@ -4,9 +4,9 @@
     python train.py --lora_r 16 --compile --grad_ckpt   # the same adapter, compiled, in a third of the memory
     python train.py --resume --max_steps 200            # continue the run in out/ up to step 200
 
-To understand the code, read recipes.py, text.py and data.py, which make a batch; then model.py, quant.py and lora.py,
-which make a gradient; then this file. `build` applies each optimisation of speed/, in order. README's section "How much
-memory" tells before a run which model fits which card, speed/memory.py measures it.
+To understand the code, read rows.py, recipes.py, text.py and data.py, which make a batch; then model.py, quant.py and
+lora.py, which make a gradient; then this file. `build` applies each optimisation of speed/, in order. README's
+section "How much memory" tells before a run which model fits which card, speed/memory.py measures it.
 """
 
 import cli

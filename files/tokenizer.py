@@ -29,19 +29,20 @@ USED = {
     "extra_special_tokens",
     "model_specific_special_tokens",
     "add_prefix_space",
+    "legacy",
     "tokenizer_class",
     "split_special_tokens",
 }
 
-# Keys that change no token here: {why: keys}. tokenizer.json holds each step in full, so what a class of transformers
-# would build from such a key is not asked.
+# Keys that change no token here: {why: keys}. tokenizer.json holds each step in full. Of the classes of transformers
+# only LlamaTokenizer is followed (as_transformers_builds).
 HARMLESS = {
     "about truncation and padding, which are off": (
         "model_max_length max_length stride truncation truncation_side truncation_strategy padding padding_side"
         " pad_to_multiple_of pad_token_type_id max_len model_input_names return_token_type_ids"
     ),
     "a step that tokenizer.json has in full": (
-        "add_bos_token add_eos_token add_dummy_prefix_space legacy sp_model_kwargs do_lower_case"
+        "add_bos_token add_eos_token add_dummy_prefix_space sp_model_kwargs do_lower_case"
         " tokenize_chinese_chars strip_accents do_basic_tokenize never_split keep_accents remove_space"
         " wordpieces_prefix unk_id errors fix_mistral_regex trim_offsets from_slow use_fast spm_file byte_fallback"
     ),
@@ -84,7 +85,7 @@ class TokenizerFiles:
     embeddings: int | None = None
     # "llama", for example.
     model_type: str = ""
-    # What tokenizer_config.json says of steps that tokenizer.json has in full: the class, add_prefix_space.
+    # tokenizer_config.json as it is, of which the class, add_prefix_space and legacy are asked later.
     told: dict = field(default_factory=dict)
 
     @property
@@ -103,7 +104,9 @@ def read_files(folder):
     refuse_unknown(path, settings)
     if "added_tokens_decoder" not in settings:
         # transformers reads these two older files only then.
-        settings |= read_json(folder / "special_tokens_map.json")
+        older = folder / "special_tokens_map.json"
+        refuse_unknown(older, read_json(older))
+        settings |= read_json(older)
         check_added_tokens(folder)
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
