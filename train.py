@@ -12,13 +12,10 @@ section "How much memory" tells before a run which model fits which card, speed/
 import cli
 from cli import UserError, say
 
-import contextlib
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,8 +26,18 @@ import model as models
 import quality
 import quant
 from data import Data
-from files import disk, hub, pictures, weights
+from files import disk, hub, weights
 from files.run import Facts, Run, Stop, check_out, refuse_other_flags, started_with
+from job import (
+    Built,
+    Job,
+    adapter_settings,
+    after_training,
+    before_training,
+    evaluate,
+    save_all,
+    stopped,
+)
 from recipes import Rules
 from speed import checkpoint, compiled, graphs, loss, memory, offload, optim, precision
 from text import check_targets
@@ -117,65 +124,6 @@ def check(cfg, data_cfg):
 # --- 1. the model, and every optimisation in the order in which they are applied ---
 
 
-@dataclass
-class Built:
-    """A model that is ready for training, with the two calls that a run makes: forward_backward and loss_of.
-
-    set by `build`, when the model is loaded       model, params, trained, compute, sum_loss, meter
-    changed by `compile`, step 5 of `build`        is_compiled, and sum_loss gets a compiled chunk
-    set by step 7 of `build`                       graphs
-
-    Nothing is set after `build`. Training changes only the numbers inside the tensors."""
-
-    model: torch.nn.Module
-    params: dict  # {name in a checkpoint: trained parameter}
-    trained: list  # what the optimiser steps on: an adapter's one flat tensor, or all weights
-    compute: torch.dtype  # of the products
-    sum_loss: Callable  # of speed/loss.py
-    meter: memory.Meter
-    is_compiled: bool = False
-    graphs: Callable | None = None  # --cuda_graph
-
-    def autocast(self):
-        """With --lora_r 0 torch's autocast, which casts the fp32 weights for each product; else nothing.
-
-        A model with an adapter casts by itself: `build` gave it a stream_dtype, and its frozen weights have theirs."""
-        if self.model.stream_dtype is not None:
-            return contextlib.nullcontext()
-        return precision.autocast(self.model.frequencies.device, self.compute)
-
-    def forward_backward(self, ids, where, targets, scale, cu_seqlens):
-        """Add the gradients of scale * loss to those that are there. -> scale * loss"""
-        step = self.eager_step if self.graphs is None else self.graphs
-        return step(ids, where, targets, scale, cu_seqlens)
-
-    def eager_step(self, ids, where, targets, scale, cu_seqlens):
-        with self.autocast():
-            h = self.model(ids, cu_seqlens=cu_seqlens)  # [B, T, C]
-            total = self.sum_loss(h, self.model.lm_head.weight, where, targets, scale)
-        # Look between forward and backward: on a CPU peak_memory reads this moment, when most is kept for backward.
-        self.meter.look()
-        total.backward()
-        return total.detach()
-
-    def compile(self, places, recompute, decode_once, one_length):
-        """The blocks (or halves of blocks) at these places, and the chunk of the loss."""
-        compiled.apply(places, recompute, one_length)
-        if recompute and decode_once:
-            quant.decode_once(self.model)
-        self.is_compiled = True
-        if self.sum_loss is loss.chunked:
-            self.sum_loss = partial(loss.chunked, chunk=compiled.compile_function(loss.one_chunk))
-
-    def loss_of(self, batch):
-        """Sum of the losses of a held-out batch: the same loss as in training, so logits are not held here either."""
-        with self.autocast():
-            # Keep gradients on, so that a compiled block reuses the training graph: half the compiling.
-            with torch.set_grad_enabled(self.is_compiled):
-                h = self.model(batch.ids, cu_seqlens=batch.cu_seqlens).detach()
-            return self.sum_loss(h, self.model.lm_head.weight, batch.where, batch.targets)
-
-
 def build(cfg, data_cfg, folder, device, meter, longest=None):
     """The model of a folder with all that the flags ask for: Built. longest: tokens of the longest recipe
 
@@ -257,93 +205,6 @@ def train_all(model):
     return params, list(params.values())
 
 
-def adapter_settings(cfg):
-    return lora.Settings(
-        r=cfg.lora_r,
-        alpha=cfg.lora_alpha,
-        dropout=cfg.lora_dropout,
-        targets=cfg.lora_targets,
-        rslora=cfg.rslora,
-    )
-
-
-# --- 2. what the functions below share ---
-
-
-@dataclass
-class Job:
-    """All that a run needs, set up before the loop.
-
-    what                    set by                                  changed later by
-    cfg … text              set_up                                  nothing
-    built, optimizer        set_up; a resume fills their tensors    one_step, inside their tensors
-    scale (fp16)            set_up; a resume: from facts            main, after each step
-    watch                   set_up                                  the first step, then it is done
-    facts                   set_up; a resume: Run.go_on             main counts steps, evaluate notes losses
-    run, title              set_up, when the folder is owned        nothing"""
-
-    cfg: Config
-    data_cfg: Data
-    device: torch.device
-    base: Path  # the base model's folder
-    dataset: data.Dataset
-    held: data.Dataset  # the held-out recipes
-    text: object  # the tokenizer
-    built: Built
-    optimizer: torch.optim.Optimizer
-    scale: precision.LossScale
-    watch: optim.GradientWatch
-    facts: Facts
-    run: Run | None = None
-    title: str = ""  # of the recipe that is written before and after
-
-
-# --- 3. evaluation ---
-
-
-def evaluate(job):
-    """Held-out loss per target token; the best adapter so far is kept in best/."""
-    built = job.built
-    batches = quality.held_out_batches(job.held, job.data_cfg, job.device)
-    # A compiled block evaluates with the training graph, which contains the casts of A and B, so leave those there.
-    with lora.standing_still(built.model, unless=built.is_compiled):
-        val = quality.held_out_loss(built.model, built.loss_of, batches)
-    if job.facts.judge(val):
-        save(job, "best")
-    return val
-
-
-def write_recipe(job):
-    """One recipe of the model as it is now, on stdout."""
-    model = job.built.model
-    # Do not use compiled blocks, because each new length would compile a graph. Where memory runs out, go on without a
-    # recipe, because training does not need it.
-    with memory.go_on_without("recipe", job.cfg.out), compiled.not_compiled(job.built.is_compiled):
-        with lora.standing_still(model):
-            quality.show_recipe(model, job.text, job.title, job.data_cfg.seed)
-
-
-# --- 4. saving, and going on ---
-
-
-def save(job, where=""):
-    """The adapter (or all weights) into the run's folder, or its best/, as other programs read it."""
-    folder = job.run.folder / where
-    folder.mkdir(exist_ok=True)
-    if job.cfg.lora_r:
-        base = job.data_cfg.model or hub.DEFAULT_MODEL
-        lora.save(folder, job.built.params, base, adapter_settings(job.cfg))
-    else:
-        # The run's folder has the base's other files (Run.keep), even if the base is gone by now.
-        weights.save_model(folder, job.built.params, job.run.folder)
-
-
-def save_all(job):
-    """Adapter and state, from which --resume goes on."""
-    save(job)
-    job.run.save_state(job.optimizer, job.built.params, asdict(job.facts))
-
-
 def parse_flags():
     """(Config, Data, Rules) of the command line. A resume has those that its run was started with."""
     cfg, data_cfg, rules = cli.parse(__doc__, Config, Data, Rules)
@@ -387,7 +248,7 @@ def about(job, rules):
     }
 
 
-# --- 5. the run ---
+# --- 3. the run ---
 
 
 def set_up():
@@ -441,16 +302,6 @@ def set_up():
             job.run.keep(base, weights.BESIDE_WEIGHTS)
         job.run.write_about(info)
     return job
-
-
-def before_training(job):
-    """A recipe and the held-out loss of the untrained adapter: step 0 of metrics.jsonl."""
-    say("before", job.title)
-    write_recipe(job)
-    val = evaluate(job)
-    job.facts.val_before = val
-    job.run.log_start(val, round(memory.peak_memory(job.device), 3))
-    say("val_loss", f"{val:.4f} before training")
 
 
 def one_step(job, batches, lr):
@@ -558,39 +409,6 @@ def feed(job):
     steps = itertools.islice(steps, job.facts.step, job.facts.total)
     mask_prompt = job.data_cfg.mask_prompt
     return data.feed(job.dataset, steps, job.device, mask_prompt, job.data_cfg.budget)
-
-
-def stopped(job, stop):
-    """A signal ended the loop: the state is saved. -> the exit code"""
-    step = job.facts.step
-    if job.run.saved_at != step:
-        save_all(job)
-    go_on_with = f"python train.py --resume --out {job.cfg.out}"
-    say("stopped", f"after step {step}, saved. Go on with: {go_on_with}")
-    return stop.exit_code
-
-
-def after_training(job):
-    """The receipts, curve.png, the recipe after, and the run's figures on stdout and in summary.json."""
-    facts = job.facts
-    meter = job.built.meter
-    meter.say_summary(job.built.is_compiled)
-    pictures.curve(job.run.folder / "curve.png", job.run.history())
-    say("after", job.title)
-    write_recipe(job)
-    summary = {
-        "steps": facts.step,
-        "val_loss_before": facts.val_before,
-        "val_loss_after": facts.val,
-        **meter.summary(),
-    }
-    job.run.write_json("summary.json", disk.finite(summary))
-    print(disk.json_line({key: summary[key] for key in RESULT}))
-    say("saved", f"{job.run.folder}: try `python sample.py --run {job.cfg.out}`")
-
-
-# The keys of the one JSON line on stdout, for programs that call this one.
-RESULT = ["steps", "val_loss_before", "val_loss_after", "tokens_per_s", "peak_mem_gb"]
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def trees(files):
 
 # of a config: the files that get one, and what its instances are called there
 READERS = {
-    train.Config: (["train.py"], {"cfg"}),
-    data.Data: (["data.py", "text.py", "train.py"], {"cfg", "data_cfg"}),
+    train.Config: (["train.py", "job.py"], {"cfg"}),
+    data.Data: (["data.py", "text.py", "train.py", "job.py"], {"cfg", "data_cfg"}),
     recipes.Rules: (["recipes.py"], {"rules"}),
     data.Show: (["data.py"], {"show_cfg", "what"}),
     sample.Config: (["sample.py"], {"cfg"}),

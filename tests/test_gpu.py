@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import generate
+import job
 import lora
 import model as models
 import quant
@@ -100,7 +101,7 @@ def packed_batch():
 
 
 def build(folder, packed=False, **flags):
-    """The model that train.py would train with these flags: train.Built."""
+    """The model that train.py would train with these flags: job.Built."""
     torch._dynamo.reset()
     cfg = train.Config(**{"dtype": "bf16", **flags})
     data_cfg = Data(batching="packed" if packed else "sorted", batch_tokens=512)
@@ -120,7 +121,7 @@ def fill_b(params):
 
 
 def build_reference(folder, kind):
-    """Plain fp32 layers that hold what `kind` made of the weights, naive attention, all logits: train.Built."""
+    """Plain fp32 layers that hold what `kind` made of the weights, naive attention, all logits: job.Built."""
 
     def make(name, W):
         kept = quant.make_linear(kind)(name, W)
@@ -133,7 +134,7 @@ def build_reference(folder, kind):
     fill_b(params)
     trained = [optim.flatten(list(params.values()))]
     meter = memory.Meter(CUDA, compiled.graphs_so_far)
-    return train.Built(model, params, trained, torch.float32, loss.plain, meter)
+    return job.Built(model, params, trained, torch.float32, loss.plain, meter)
 
 
 def backward(built, packed=False):

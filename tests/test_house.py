@@ -62,6 +62,8 @@ FLOORS = [
     {"lora", "text"},
     {"data", "generate"},
     {"quality"},
+    # What a run does beside training: with it train.py would be no file for one evening.
+    {"job"},
     {"train", "sample", "export", "convert", "bench"} | BENCHMARKS,
 ]
 ROOMS = set().union(*FLOORS)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import data
 import generate
+import job as jobs
 import lora
 import model as models
 import quality
@@ -64,17 +65,23 @@ def base(tiny_model, tiny_recipes, tmp_path):
     ]
 
 
+def in_a_run(monkeypatch, name, function):
+    """Replace a function of job.py, which the loop of train.py calls by the name that it imported."""
+    monkeypatch.setattr(jobs, name, function)
+    monkeypatch.setattr(train, name, function)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run train.py in this process as a user would: (exit code, stdout, stderr)."""
 
-    write_recipe = train.write_recipe
+    write_recipe = jobs.write_recipe
 
     def call(*args, recipes=False):
         """recipes: write them, too, which is slow, and test_sample.py's business"""
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
         wanted = write_recipe if recipes else lambda *_: print("a recipe")
-        monkeypatch.setattr(train, "write_recipe", wanted)
+        monkeypatch.setattr(jobs, "write_recipe", wanted)
         with pytest.raises(SystemExit) as stop:
             cli.run(train.main)
         said = capsys.readouterr()
@@ -403,11 +410,11 @@ def test_a_run_in_fp16_that_stops_before_its_first_step_keeps_its_loss_scale(
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(job)
 
-    monkeypatch.setattr(train, "evaluate", signalled)
+    in_a_run(monkeypatch, "evaluate", signalled)
     code, _, err = run(*base, "--dtype", "fp16", "--out", tmp_path / "out")
     assert code == 143, err
     assert json.loads((tmp_path / "out" / "state.json").read_text())["loss_scale"] == 65536
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    in_a_run(monkeypatch, "evaluate", evaluate)
     ok(run("--resume", "--out", tmp_path / "out"))
     ok(run(*base, "--dtype", "fp16", "--out", tmp_path / "whole"))
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
@@ -581,11 +588,11 @@ def test_stopped_before_the_first_step_it_starts_over_without_a_trace(
 ):
     ok(run(*base, "--out", tmp_path / "whole"))
     evaluate = train.evaluate
-    monkeypatch.setattr(
-        train, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), evaluate(*a))[1]
+    in_a_run(
+        monkeypatch, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), evaluate(*a))[1]
     )
     assert run(*base, "--out", tmp_path / "cut")[0] == 130
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    in_a_run(monkeypatch, "evaluate", evaluate)
     ok(run("--resume", "--out", tmp_path / "cut"))
     assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
     assert json.loads((tmp_path / "cut" / "state.json").read_text()) == json.loads(
@@ -739,7 +746,7 @@ def test_a_heap_smaller_than_a_batch_trains_and_says_so(base, run, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(base, run, tmp_path, monkeypatch):
     monkeypatch.setattr(loss, "chunked", lambda h, *a, **k: h.sum() * float("nan"))
-    monkeypatch.setattr(train, "evaluate", lambda *a: 1.0)
+    in_a_run(monkeypatch, "evaluate", lambda *a: 1.0)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "the loss is nan at step 1" in err
 
@@ -794,7 +801,7 @@ def test_a_nan_in_the_backward_of_the_first_step_is_not_called_a_missing_gradien
     monkeypatch.setattr(
         loss, "chunked", lambda h, *a, **k: chunked(h, *a, **k) + (h - h).abs().sqrt().sum()
     )
-    monkeypatch.setattr(train, "evaluate", lambda *a: 1.0)
+    in_a_run(monkeypatch, "evaluate", lambda *a: 1.0)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "at step 1, its gradient's norm nan" in err
     assert "no weight was changed before" in err and "lower --lr" not in err
@@ -1067,7 +1074,7 @@ def test_nothing_of_a_recipe_that_failed_stays_in_memory(base, run, tmp_path, mo
         return evaluate(job)
 
     monkeypatch.setattr(generate.Engine, "step", full)
-    monkeypatch.setattr(train, "evaluate", watched)
+    in_a_run(monkeypatch, "evaluate", watched)
     gc.disable()
     try:
         ok(run(*base, "--out", tmp_path / "out", "--max_steps", 1, recipes=True))
