@@ -431,7 +431,7 @@ def feed(dataset, steps, device, mask_prompt, budget=0, n=4):
     way to the GPU they are 197 kB (ids, where and targets, 8 bytes each): 4 µs at 51 GB/s from pinned memory to an
     H100. Processes would bring nothing, because Python's lock is free while the main thread waits for the GPU.
     Cost: the batches of five steps are held on the GPU, 1 MB at 8,192 tokens a step.
-    How it is known that the GPU does not wait: speed/memory.py measures the time from the end of a step to the next
+    How it is known that the GPU does not wait: speed/meters.py measures the time from the end of a step to the next
     batch. train.py prints the share ("waiting for data") and writes it into summary.json as waiting_share. The
     quickest run in README.md, 135M at 23 ms for 4,096 tokens, waited 0.19 % of the time: 44 µs a step.
     Proof, in tests/test_data.py: test_feed_works_ahead_but_not_without_end, test_feed_gives_the_batches_in_order."""

@@ -27,7 +27,7 @@ import quant
 from data import Data
 from files import disk, hub, pictures, weights
 from files.run import Facts, Run
-from speed import compiled, loss, memory, optim, precision
+from speed import compiled, loss, meters, optim, precision
 
 # --- 1. the model ---
 
@@ -47,7 +47,7 @@ class Built:
     trained: list  # what the optimiser steps on: an adapter's one flat tensor, or all weights
     compute: torch.dtype  # of the products
     sum_loss: Callable  # of speed/loss.py
-    meter: memory.Meter
+    meter: meters.Meter
     is_compiled: bool = False
     graphs: Callable | None = None  # --cuda_graph
 
@@ -152,7 +152,7 @@ def write_recipe(job):
     model = job.built.model
     # Do not use compiled blocks, because each new length would compile a graph. Where memory runs out, go on without a
     # recipe, because training does not need it.
-    with memory.go_on_without("recipe", job.cfg.out), compiled.not_compiled(job.built.is_compiled):
+    with meters.go_on_without("recipe", job.cfg.out), compiled.not_compiled(job.built.is_compiled):
         with lora.standing_still(model):
             quality.show_recipe(model, job.text, job.title, job.data_cfg.seed)
 
@@ -187,7 +187,7 @@ def before_training(job):
     write_recipe(job)
     val = evaluate(job)
     job.facts.val_before = val
-    job.run.log_start(val, round(memory.peak_memory(job.device), 3))
+    job.run.log_start(val, round(meters.peak_memory(job.device), 3))
     say("val_loss", f"{val:.4f} before training")
 
 

@@ -547,7 +547,7 @@ def main():
         else:
             answer(cfg)
     except (RuntimeError, MemoryError) as e:
-        if not memory.is_out_of_memory(e):
+        if not meters.is_out_of_memory(e):
             raise
         raise UserError(
             "out of memory: a smaller --batch_size, --max_new_tokens or --quant nf4 takes less."

@@ -142,7 +142,7 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
         with meter.loading(folder.name):
             make_linear = quant.make_linear(cfg.quant)
             model = lora.load_model(folder, device, kept, make_linear, stream_dtype=compute, **how)
-        memory.say_quantised(cfg.quant, model, kept)
+        meters.say_quantised(cfg.quant, model, kept)
         if cfg.fp8:
             quant.multiply_in_fp8(model, device)
             say("fp8", "frozen matmuls, forward and input gradient, in e4m3 with a scale a row")
@@ -269,7 +269,7 @@ def set_up():
     check_targets(dataset, text, data_cfg)
     data.say_small(dataset, data_cfg, cfg.grad_accum)
 
-    meter = memory.Meter(device, compiled.graphs_so_far)
+    meter = meters.Meter(device, compiled.graphs_so_far)
     with memory.out_of_memory(device, flags_of(cfg, data_cfg)):
         built = build(cfg, data_cfg, base, device, meter, max(dataset.longest, held.longest))
         if cfg.optim != "adamw":
@@ -341,7 +341,7 @@ def one_step(job, batches, lr):
         job.optimizer.step()
     # An adapter's gradients are views of one tensor (optim.flatten), so they are set to zero and not dropped.
     job.optimizer.zero_grad(set_to_none=not job.cfg.lora_r)
-    # float() waits for the GPU, so the clock of memory.Meter stops when the step is done.
+    # float() waits for the GPU, so the clock of meters.Meter stops when the step is done.
     return float(total), float(norm), overflowed
 
 

@@ -1,321 +1,349 @@
-"""Memory and time of a run: what is in use, how fast it goes, and which flags help where memory runs out.
+"""How much memory a training run takes, by arithmetic, before any weight is read: method 1, choose the model.
 
-How much memory a run will take stands in README.md, section "How much memory: which model on which card": a formula for
-each part, and sums for 1B, 8B and 70B beside measured peaks. This file measures a run that is going on:
+    at = peak(Shape of the model, Work of the run)    # at.parts {name: bytes}, at.moment, at.bytes
 
-    "loaded" receipt                 seconds and peak of loading
-    "quant" receipt                  bytes of the frozen linears, before and after
-    metrics.jsonl, each step         tokens_per_s, peak_mem_gb, padding
-    summary.json, last receipts      FIGURES, below
+What is held all the time is static: weights, adapter, gradients, optimiser. The rest comes and goes in a step, so the
+peak is the largest of three moments:
+
+    forward …  loss          every block has kept what its backward needs; the loss holds a chunk of logits
+               last norm     the same is kept, and the backward of the last norm works in fp32
+               block         a block that is a checkpoint is recomputed, and its backward runs (--grad_ckpt)
+
+Names: C hidden size, F width of the MLP, L blocks, H and K heads of queries and of keys, D head size, V vocabulary.
+n are the tokens of a micro-batch, padding included. An activation has 2 bytes a number (fp32: 4).
+
+Llama-3-8B, 32 x 256 tokens: in NF4 with --compile --grad_ckpt the sum is 10.9 GB, in bf16 without checkpoints 56.4.
+Measured on an H100: 10.96 and 56.55. results/plan.json compares 40 runs, README.md sums them up.
+
+Cost: the formulas follow the code of model.py, lora.py and quant.py, and must change with it.
+Proof: tests/test_memory.py, against tensors that are really held and sums by hand.
 """
 
-import cli
-from cli import UserError, say
+from dataclasses import dataclass
 
-import contextlib
-import re
-import sys
-import time
-from pathlib import Path
-
-import torch
+# What cuBLAS holds to work in, as measured on an H100. The one number here that is measured and not derived.
+WORKSPACE = 70e6
+CHUNK = 2**26  # the most logits of a chunk of the loss (speed/loss.py)
 
 
-def peak_memory(device):
-    """GB: on a GPU the peak that torch allocated; on a CPU the memory in use now, without memory-mapped files."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                kilobytes = int(line.split()[1])
-                return kilobytes * 1024 / 1e9
-    # macOS has no /proc, and counts in bytes what Linux counts in kilobytes.
-    import resource
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model."""
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+    C: int
+    F: int
+    L: int
+    H: int
+    K: int
+    D: int
+    V: int
+    tied: bool  # one matrix is embedding and head
 
-
-def reserved_memory(device):
-    """GB that torch took from the GPU at the peak; None without a GPU.
-
-    Reserved is at least allocated, because torch keeps freed blocks for the next tensors. nvidia-smi shows it."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_reserved() / 1e9
-
-
-def count_frozen(model, dtype):
-    """(frozen layers, their bytes in dtype, their bytes as they are kept, bytes of all other weights)."""
-    # Only a frozen layer has mm_t.
-    layers = [m for m in model.modules() if hasattr(m, "mm_t")]
-    in_dtype = sum(m.in_features * m.out_features for m in layers) * dtype.itemsize
-    kept = sum(p.nbytes for m in layers for p in m.parameters())
-    everything = sum(p.nbytes for p in model.parameters())
-    return len(layers), in_dtype, kept, everything - kept
-
-
-def say_quantised(kind, model, dtype):
-    if kind == "none":
-        return
-    layers, before, after, rest = count_frozen(model, dtype)
-    kept = str(dtype).removeprefix("torch.")
-    say(
-        "quant",
-        f"{kind}: {layers} layers, {before / 1e9:.2f} GB -> {after / 1e9:.2f}; "
-        f"embedding, head and norms stay {kept}: {rest / 1e9:.2f} GB",
-    )
-
-
-def advice(flags):
-    """The flags that would take less memory, in order of gain. flags {name: value}: those of the run.
-
-    What they take off at 8B, micro-batches of 8,192 tokens (README.md has the formulas):
-
-        --grad_ckpt            36.51 GB -> 2.15             --offload_ckpt        2.15 GB -> 0.20
-        --fused_loss           8.41 GB -> 0.39              --optim adamw8bit     0.67 GB -> 0.42
-        --quant nf4            13.96 GB -> 3.60             a smaller batch       all but the weights, in proportion
-        --attn flash           the scores of a block, [B, H, T, T]: 134 MB with 32 rows of 256 tokens"""
-    is_packed = flags["batching"] == "packed"
-    can_offload = all([flags["grad_ckpt"], not flags["offload_ckpt"], not flags["cuda_graph"]])
-    helps = {
-        "--grad_ckpt": not flags["grad_ckpt"],
-        "--fused_loss": not flags["fused_loss"],
-        "--quant nf4": flags["lora_r"] > 0 and flags["quant"] == "none",
-        "--attn flash": flags["attn"] == "naive",
-        "--no-cuda_graph": flags["cuda_graph"],
-        "--offload_ckpt": can_offload,
-        "--dtype bf16": flags["dtype"] == "fp32",
-        "--optim adamw8bit": flags["optim"] == "adamw",
-        "a smaller --batch_size with a larger --grad_accum": flags["batch_size"] > 1
-        and not is_packed,
-        "a smaller --batch_tokens": is_packed or flags["batch_tokens"] > 0,
-        "a smaller --max_len": True,
-    }
-    return [flag for flag, does in helps.items() if does]
-
-
-def advice_while_loading(flags):
-    """The flags that make a model smaller while it is loaded, in order of gain. flags: of train.py or of sample.py"""
-    # With --lora_r 0 all weights are fp32, whatever --dtype says. sample.py has no --lora_r.
-    trains_all = flags.get("lora_r") == 0
-    helps = {
-        "an adapter (--lora_r 16)": trains_all,
-        "--quant nf4": not trains_all and flags["quant"] != "nf4",
-        "--dtype bf16": not trains_all and flags["dtype"] == "fp32",
-        "a smaller --model": True,
-    }
-    return [flag for flag, does in helps.items() if does]
-
-
-# What a failed allocation is called in a plain RuntimeError: by CUDA, by torch on a CPU, by the system where a file is
-# mapped, by cuBLAS, by C++.
-NO_MEMORY = re.compile(
-    "out of memory|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED|bad_alloc"
-)
-
-
-def is_out_of_memory(error):
-    """Whether an allocation failed. Of a plain RuntimeError only the message tells.
-
-    Proof: tests/test_memory.py: test_an_allocation_that_really_fails_is_a_sentence."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return NO_MEMORY.search(str(error)) is not None
-
-
-@contextlib.contextmanager
-def out_of_memory(device, flags, model=None):
-    """A `with` block. Where memory runs out in it, a UserError says what was done, what is held, and which flags help.
-
-    model: the model that is trained; None for a block that loads it"""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
-            raise
-        held = peak_memory(device)
-        if model is None:
-            doing = f"while the model was loaded and made ready, with {held:.1f} GB in use"
-            helps = advice_while_loading(flags)
-        else:
-            doing = what_was_done(model, held)
-            helps = advice(flags)
-        raise UserError(
-            f"out of memory {doing}. In order of gain, these take less: {', '.join(helps)}. ({reason(e)})"
-        ) from None
-
-
-def what_was_done(model, held):
-    """Training or evaluation, and what the memory was used for. held: GB in use"""
-    # quality.held_out_loss puts the model into evaluation mode.
-    doing = "while training" if model.training else "while the held-out loss was measured"
-    weights = sum(p.nbytes for p in model.parameters()) / 1e9
-    rest = max(0.0, held - weights)
-    return f"{doing}: weights hold {weights:.1f} GB, all else {rest:.1f} GB or more"
-
-
-def reason(error):
-    """The first line of an allocator's message."""
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-@contextlib.contextmanager
-def go_on_without(what, out):
-    """A `with` block that is given up where memory runs out in it, because nothing depends on its result.
-
-    train.py writes its recipes so: a run of hours must not end because a recipe found no memory. sample.py can write
-    one later, from the run's folder `out`.
-    Proof: tests/test_train.py: test_out_of_memory_in_a_recipe_costs_the_recipe_only."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
-            raise
-        later = f"the run goes on, and `python sample.py --run {out}` writes one later"
-        say(what, f"left out, because memory ran out: {later}. ({reason(e)})")
-
-
-FIGURES = [
-    "tokens_per_s",
-    "peak_mem_gb",
-    "reserved_mem_gb",
-    "first_step_s",
-    "to_first_step_s",
-    "load_s",
-    "load_peak_gb",
-    "graphs",
-    "graphs_after_step_10",
-    "host_share",
-    "waiting_share",
-]
-
-
-class Meter:
-    """Time, tokens and memory of the steps of this process. train.py calls these methods around each step:
-
-        rest()         begin()              launched()               end()                         rest()
-          |   waiting    |     launching       |    the GPU finishes   |   log, evaluate, save        |
-                         |<------------- the time of a step ---------->|
-
-        waiting          the loop asks the loader (data.feed) for the next batches
-        launching        Python launches forward and backward; the GPU works behind it
-        GPU finishes     one_step ends with float(loss), which waits for the GPU
-
-    Is the GPU waiting for data? At end() its queue is empty, so it stands still until begin(). Of that time rest() to
-    begin() is the loader's: waiting_share is its part of the time of all steps and all waiting. A batch that is ready
-    costs microseconds: 0.19 % of the quickest run in README.md, 135M at 23 ms a step, are 44 µs a step.
-
-    host_share is launching / the time of a step. Near 1: the GPU is done when Python is, so the host is the bound, and
-    --cuda_graph or a larger batch helps. The first step is in no share, because it compiles."""
-
-    def __init__(self, device, graphs_so_far):
-        """graphs_so_far(): how many graphs the compiler has made"""
-        self.device = device
-        self.graphs_so_far = graphs_so_far
-        self.load = None  # seconds
-        self.load_peak = None  # GB on the GPU
-        self.peak = 0.0  # GB
-        self.steps = 0
-        self.seconds = 0.0  # of all steps but the first, which compiles
-        self.tokens = 0  # in those seconds
-        self.launching = 0.0  # seconds from begin() to launched(), of the same steps
-        self.waited = 0.0  # seconds from rest() to begin(), from the third step on
-        self.graphs = []  # how many graphs were compiled so far, after each step
-        self.first_step = None  # seconds
-        self.to_first_step = None  # seconds from the start of the process
-        # Of the present step: when it began, seconds to launched(), when the loop last began to wait.
-        self.began = 0.0
-        self.launched_after = 0.0
-        self.rested = 0.0
-
-    @contextlib.contextmanager
-    def loading(self, name):
-        """A block in which the weights of `name` are loaded: a receipt of its time and, on a GPU, of its peak."""
-        began = time.time()
-        yield
-        self.load = time.time() - began
-        peak = ""
-        if self.device.type == "cuda":
-            self.load_peak = peak_memory(self.device)
-            peak = f", {self.load_peak:.2f} GB at the peak"
-        say("loaded", f"{name} in {self.load:.1f} s{peak}")
-
-    def look(self):
-        """Note the memory in use. On a CPU the peak is the largest that was looked at."""
-        self.peak = max(self.peak, peak_memory(self.device))
-
-    def begin(self):
-        """A step begins: its batches are there."""
-        self.began = time.time()
-        # Leave out the waiting before the first two steps, because the loader's thread only begins to work then.
-        if self.steps >= 2:
-            self.waited += self.began - self.rested
-
-    def launched(self):
-        """Python has launched all of forward and backward. The GPU may still be computing."""
-        self.launched_after = time.time() - self.began
-
-    def end(self, batches, tell):
-        """A step is over, on the GPU too. -> what metrics.jsonl has of its speed and memory
-
-        tell(what, text) prints the receipt of the first step."""
-        took = time.time() - self.began
-        tokens = sum(b.real for b in batches)
-        padded = sum(b.ids.numel() for b in batches)
-        if self.steps == 0:
-            self.first_step = took
-            self.to_first_step = time.time() - cli.STARTED
-            tell("first step", f"{took:.1f} s, compilation and warm-up in it")
-        else:
-            self.seconds += took
-            self.tokens += tokens
-            self.launching += self.launched_after
-        self.steps += 1
-        self.graphs.append(self.graphs_so_far())
-        self.look()
+    def linears(self):
+        """{layer: (inputs, outputs)} of the seven linear layers of a block."""
+        q = self.H * self.D
+        kv = self.K * self.D
         return {
-            "target_tokens": sum(len(b.targets) for b in batches),
-            "tokens_per_s": round(tokens / took, 1),
-            "padding": round(1 - tokens / padded, 4),
-            "peak_mem_gb": round(self.peak, 3),
+            "q_proj": (self.C, q),
+            "k_proj": (self.C, kv),
+            "v_proj": (self.C, kv),
+            "o_proj": (q, self.C),
+            "gate_proj": (self.C, self.F),
+            "up_proj": (self.C, self.F),
+            "down_proj": (self.F, self.C),
         }
 
-    def rest(self):
-        """Logging, evaluation and saving are over. From here to begin() the loop only waits for data."""
-        self.rested = time.time()
+    def block(self):
+        """Weights of the linears of one block."""
+        return sum(inputs * outputs for inputs, outputs in self.linears().values())
 
-    def summary(self):
-        """The figures of the run, for summary.json. A figure is None where too few steps were made to tell."""
-        figures = dict.fromkeys(FIGURES)
-        figures["peak_mem_gb"] = round(self.peak, 3)
-        figures["reserved_mem_gb"] = reserved_memory(self.device)
-        figures["load_s"] = self.load
-        figures["load_peak_gb"] = self.load_peak
-        figures["first_step_s"] = self.first_step
-        figures["to_first_step_s"] = self.to_first_step
-        if self.graphs:
-            step_10 = min(10, self.steps)
-            figures["graphs"] = self.graphs[-1]
-            figures["graphs_after_step_10"] = self.graphs[-1] - self.graphs[step_10 - 1]
-        if self.seconds:
-            figures["tokens_per_s"] = round(self.tokens / self.seconds, 1)
-            figures["host_share"] = self.launching / self.seconds
-            figures["waiting_share"] = self.waited / (self.seconds + self.waited)
-        return figures
+    def vocabulary(self):
+        """Weights of embedding and head together."""
+        return self.V * self.C * (1 if self.tied else 2)
 
-    def say_summary(self, is_compiled):
-        figures = self.summary()
-        if is_compiled and self.graphs:
-            late = figures["graphs_after_step_10"]
-            say("compile", f"{figures['graphs']} graphs, {late} of them after step 10")
-        if self.seconds:
-            say(
-                "host",
-                f"{figures['host_share']:.0%} of a step's time goes by before backward is launched to its end; "
-                f"{figures['waiting_share']:.2%} of all time went by in waiting for data",
-            )
-        reserved = figures["reserved_mem_gb"]
-        if reserved is not None:
-            say("memory", f"{self.peak:.2f} GB allocated at the peak, {reserved:.2f} GB reserved")
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does with the model: flags of train.py as they are named there, and its largest micro-batch."""
+
+    rows: int
+    tokens: int  # of a row, padding included
+    targets: int  # of the micro-batch
+    lora_r: int = 16
+    lora_targets: tuple = ()  # none: all seven linears
+    quant: str = "none"
+    fp8: bool = False
+    bytes_of_a_number: int = 2  # of weights that are not quantised, and of activations
+    attn: str = "flash"
+    document: int = 0  # tokens that attention spans in a packed row; 0: the whole row
+    fused_loss: bool = True
+    grad_ckpt: bool = False
+    ckpt_blocks: int = 0  # 0: all
+    offload_ckpt: bool = False
+    offload_embed: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
+    optim: str = "adamw"
+
+    @property
+    def n(self):
+        return self.rows * self.tokens
+
+    def checkpoints(self, L):
+        """How many blocks are checkpoints."""
+        if not self.grad_ckpt:
+            return 0
+        return self.ckpt_blocks or L
+
+
+# --- 1. what is held all the time ---
+
+
+def static(shape, work):
+    """{part: bytes} of all that is held from the first step to the last."""
+    trained = adapter_weights(shape, work) or all_weights(shape)
+    parts = base(shape, work)
+    if work.lora_r:
+        # fp32, so that small steps are not rounded away (speed/precision.py).
+        parts["adapter"] = 4 * trained
+    parts["gradients"] = 4 * trained
+    parts["optimizer"] = trained * bytes_of_states(work.optim)
+    parts["workspace"] = WORKSPACE
+    return parts
+
+
+def base(shape, work):
+    """{part: bytes} of the model as it is kept. 8B in NF4: 3.49 + 0.11 + 2.10 GB, in bf16 13.96 + 2.10."""
+    linears = shape.L * shape.block()
+    # With --lora_r 0 all weights are trained, so they are fp32.
+    each = work.bytes_of_a_number if work.lora_r else 4
+    norms = (2 * shape.L + 1) * shape.C
+    vocabulary = shape.vocabulary()
+    if work.offload_embed and not shape.tied:
+        vocabulary -= shape.V * shape.C
+    parts = {"base": linears * each, "embedding and head": (vocabulary + norms) * each}
+    if work.quant == "nf4":
+        # 4 bits a weight; an absmax of one byte for 64 weights, and one of 4 bytes for 256 of these (quant.py).
+        parts["base"] = linears / 2
+        parts["quant constants"] = linears / 64 + linears / 64 / 256 * 4
+    if work.quant == "fp8":
+        # A byte a weight; a scale of 4 bytes a row.
+        rows = sum(outputs for _, outputs in shape.linears().values())
+        parts["base"] = linears
+        parts["quant constants"] = shape.L * rows * 4
+    return parts
+
+
+def all_weights(shape):
+    return shape.L * shape.block() + shape.vocabulary() + (2 * shape.L + 1) * shape.C
+
+
+def adapter_weights(shape, work):
+    """Numbers of all A [r, inputs] and B [outputs, r]. 8B, r = 16, all linears: 41,943,040."""
+    linears = shape.linears()
+    targets = work.lora_targets or linears
+    sides = sum(sum(linears[name]) for name in targets)
+    return shape.L * work.lora_r * sides
+
+
+def bytes_of_states(optim):
+    """Of AdamW, a trained weight: two fp32 numbers; or two codes of a byte, with an fp32 scale for 256 of them."""
+    if optim == "adamw":
+        return 8
+    return 2 * (1 + 4 / 256)
+
+
+# --- 2. what is kept from forward to backward ---
+
+
+def kept_of_a_block(shape, work):
+    """Bytes that the backward of a block needs of its forward, if the block is no checkpoint. A token, for 8B: 149 kB
+
+                                                                       compiled        eager
+    input x, normed x, attention + x, normed again                     4C              2C, and 2C in fp32
+    queries, attention's result, and that again as rows                3HD             3HD
+    keys, values                                                       2KD             2KD
+    gate, up, silu(gate) * up; eager: silu(gate), too                  3F              4F
+    a number for each head (fp32); x · A of each layer                 4H bytes, 7r    the same
+"""
+    n = work.n
+    size = work.bytes_of_a_number
+    attention = 3 * shape.H * shape.D + 2 * shape.K * shape.D
+    adapter = 7 * work.lora_r
+    if work.compile:
+        numbers = 4 * shape.C + attention + 3 * shape.F + adapter
+        total = n * numbers * size
+    else:
+        numbers = 2 * shape.C + attention + 4 * shape.F + adapter
+        # RMSNorm squares in fp32, and eager mode keeps that copy.
+        total = n * (numbers * size + 2 * shape.C * 4)
+    total += n * shape.H * 4
+    # A and B are cast to 16 bits for the products, and backward needs these casts.
+    total += adapter_weights(shape, work) / shape.L * size
+    return total + scores(shape, work)
+
+
+def scores(shape, work):
+    """Bytes of attention's scores and their softmax, [B, H, T, T] each. flash and cudnn hold none."""
+    if work.attn != "naive":
+        return 0
+    return 2 * work.rows * shape.H * work.tokens**2 * work.bytes_of_a_number
+
+
+def kept_of_a_checkpoint(shape, work):
+    """Bytes of the input of a block, [B, T, C], which is all that a checkpoint keeps. A token, for 8B: 8 kB"""
+    return work.n * shape.C * work.bytes_of_a_number
+
+
+def kept(shape, work):
+    """{part: bytes} that are kept for backward when forward has ended."""
+    checkpoints = work.checkpoints(shape.L)
+    x = kept_of_a_checkpoint(shape, work)
+    # With --offload_ckpt two inputs are on the card: of the part that runs, and of the one that is on its way.
+    on_card = 2 if work.offload_ckpt else checkpoints
+    return {
+        "kept for backward": (shape.L - checkpoints) * kept_of_a_block(shape, work),
+        "checkpoints": on_card * x,
+        # The last block's output, that output normed, and the embedding, which autograd holds as the first input.
+        "last norm": 3 * x,
+    }
+
+
+# --- 3. what the three moments hold beside that ---
+
+
+def of_loss(shape, work):
+    """Bytes of the rows of h that have targets, of their gradient, and of a chunk of logits, or of all logits.
+
+    A logit has an fp32 number and its gradient in 16 bits. 8B: 512 rows of 128,256 logits are a chunk, 394 MB."""
+    size = work.bytes_of_a_number
+    if not work.fused_loss:
+        # Logits in 16 bits and in fp32, their log-softmax, and both gradients.
+        return work.targets * shape.V * (2 * size + 3 * 4)
+    rows = min(work.targets, max(1, CHUNK // shape.V // 64 * 64))
+    h = work.targets * shape.C * size
+    chunk = rows * shape.V * (4 + size)
+    if not work.lora_r:
+        # The head's gradient in fp32, and a chunk's share of it in 16 bits and in fp32.
+        chunk += shape.V * shape.C * (4 + size + 4)
+    return 2 * h + chunk
+
+
+def of_last_norm(shape, work):
+    """Bytes of the backward of the last norm, which is not compiled: five tensors [B, T, C] in fp32."""
+    return 5 * work.n * shape.C * 4
+
+
+def of_recomputed_block(shape, work):
+    """Bytes of a checkpoint's backward: what its forward keeps, made again, and the gradients at its widest place.
+
+    Widest is the MLP: gate, up, their product and the gradient of each are 6 tensors [n, F]. With --quant none the
+    compiler does not write the adapter's product over the layer's, which makes 9. With --fp8 they are 7, and codes of
+    a byte. Where a dequantised weight serves recomputation and gradient (quant.decode_once), all but one of the MLP's
+    are held. With --offload_ckpt a checkpoint is a half of a block, so attention's tensors are not there."""
+    size = work.bytes_of_a_number
+    wide = 6 * shape.F
+    if work.quant == "none":
+        wide = 9 * shape.F
+    if work.fp8:
+        wide = 7.5 * shape.F
+    if work.offload_ckpt:
+        narrow = shape.C
+    else:
+        narrow = 6 * shape.C + 2 * shape.K * shape.D + 7 * work.lora_r
+    weights = 0
+    if work.quant != "none" and not work.fp8 and not work.offload_embed:
+        weights = 2 * (shape.block() - shape.F * shape.C)
+    if not work.compile:
+        # Eager mode keeps what a block without a checkpoint keeps, and works on two more tensors [n, F].
+        of_forward = kept_of_a_block(shape, work)
+        return of_forward + work.n * 3 * shape.F * size + shape.F * shape.C * size
+    return work.n * (wide + narrow) * size + weights + scores(shape, work)
+
+
+@dataclass(frozen=True)
+class Peak:
+    moment: str  # loss, last norm or block
+    parts: dict  # {part: bytes} at that moment
+    moments: dict  # {moment: bytes} of all three
+    loading: float  # bytes while the model is loaded
+
+    @property
+    def bytes(self):
+        return sum(self.parts.values())
+
+
+def peak(shape, work):
+    """The moment at which most is held: Peak."""
+    always = static(shape, work)
+    at_the_end = kept(shape, work)
+    moments = {
+        "loss": always | at_the_end | {"loss chunk": of_loss(shape, work)},
+        "last norm": always | at_the_end | {"norm in fp32": of_last_norm(shape, work)},
+    }
+    if work.grad_ckpt:
+        # Backward begins at the last block. When the first checkpoint is recomputed, the others are used up.
+        only_checkpoints = at_the_end | {"kept for backward": 0}
+        moments["block"] = (
+            always | only_checkpoints | {"one block": of_recomputed_block(shape, work)}
+        )
+    sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
+    most = max(sums, key=sums.get)
+    return Peak(most, moments[most], sums, of_loading(shape, work))
+
+
+def of_loading(shape, work):
+    """Bytes while the model streams off the disk: all of it, and one tensor in 16 bits that is being quantised."""
+    largest = max(inputs * outputs for inputs, outputs in shape.linears().values())
+    one = largest * work.bytes_of_a_number if work.quant != "none" else 0
+    parts = base(shape, work)
+    if work.offload_embed and not shape.tied:
+        # The embedding leaves the card after it was loaded.
+        one += shape.V * shape.C * work.bytes_of_a_number
+    return sum(parts.values()) + one + WORKSPACE
+
+
+# --- 4. host memory, and cards ---
+
+
+def of_host(shape, work):
+    """{part: bytes} of host memory, a mapped file of weights not counted.
+
+    Python, torch and the driver take about 2.9 GB on a machine with a GPU, as measured."""
+    x = kept_of_a_checkpoint(shape, work)
+    parts = {"python and torch": 2.9e9}
+    if work.offload_embed and not shape.tied:
+        parts["embedding"] = shape.V * shape.C * work.bytes_of_a_number
+    if work.offload_ckpt:
+        # Checkpoints are halves of blocks, so a block has two inputs; the first one stays on the card.
+        parts["checkpoints"] = (2 * work.checkpoints(shape.L) - 1) * x
+    return parts
+
+
+CONTEXT = 0.55e9  # of CUDA on an H100, before the first tensor
+
+
+def needed(at):
+    """Bytes of a card that a run needs: the peak, CUDA's context, and what torch's allocator cannot use.
+
+    The allocator hands out memory in blocks, and between blocks some stays free: up to 4 % of what comes and goes."""
+    fixed = ("base", "quant constants", "embedding and head", "adapter", "gradients", "optimizer")
+    comes_and_goes = at.bytes - sum(at.parts.get(name, 0) for name in fixed)
+    return max(at.bytes + 0.04 * comes_and_goes, at.loading) + CONTEXT
+
+
+# --- 5. sampling ---
+
+
+def of_sampling(shape, work, slots):
+    """{part: bytes} of writing work.rows texts of up to `slots` tokens, prompt included, with weights as work says.
+
+    8B in bf16, 32 texts of 464 tokens: 16.1 GB of weights, 1.9 of keys and values."""
+    parts = base(shape, work)
+    parts["keys and values"] = 2 * shape.L * shape.K * shape.D * slots * work.rows * work.bytes_of_a_number
+    # A pass over prompts has about 8,192 tokens at most (generate.py), and a block works on the MLP's three tensors.
+    read = min(8192, work.rows * slots)
+    parts["one block"] = read * (3 * shape.F + 4 * shape.C) * work.bytes_of_a_number
+    parts["logits"] = 3 * work.rows * shape.V * 4
+    parts["workspace"] = WORKSPACE
+    return parts

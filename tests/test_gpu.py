@@ -23,7 +23,7 @@ import quant
 import train
 from data import Data
 from generate import Engine, Sampling, Scheduler
-from speed import compiled, loss, memory, optim
+from speed import compiled, loss, meters, optim
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,7 +106,7 @@ def build(folder, packed=False, **flags):
     cfg = train.Config(**{"dtype": "bf16", **flags})
     data_cfg = Data(batching="packed" if packed else "sorted", batch_tokens=512)
     train.check(cfg, data_cfg)
-    meter = memory.Meter(CUDA, compiled.graphs_so_far)
+    meter = meters.Meter(CUDA, compiled.graphs_so_far)
     built = train.build(cfg, data_cfg, folder, CUDA, meter, longest=200)
     fill_b(built.params)
     return built
@@ -133,7 +133,7 @@ def build_reference(folder, kind):
     params = lora.parameters(model)
     fill_b(params)
     trained = [optim.flatten(list(params.values()))]
-    meter = memory.Meter(CUDA, compiled.graphs_so_far)
+    meter = meters.Meter(CUDA, compiled.graphs_so_far)
     return job.Built(model, params, trained, torch.float32, loss.plain, meter)
 
 

@@ -823,7 +823,7 @@ def test_an_unknown_file_is_found(tmp_path, name):
         ("train", "import convert"),
         ("train", "import importlib\nm = importlib.import_module('sample')"),
         ("bench", "import lora"),
-        ("bench", "from speed.memory import peak_memory"),
+        ("bench", "from speed.meters import peak_memory"),
         ("benchmarks__sampling_speed", "import benchmarks.thousand_prompts"),
         ("generate", "from tests import conftest"),
         ("train", "import files"),

@@ -67,12 +67,12 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_every_allocators_error_is_known(error):
-    assert memory.is_out_of_memory(error)
+    assert meters.is_out_of_memory(error)
 
 
 def test_other_errors_are_not_taken_for_it():
     for error in (RuntimeError("shapes do not fit"), UserError("out of range"), ValueError()):
-        assert not memory.is_out_of_memory(error)
+        assert not meters.is_out_of_memory(error)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         with memory.out_of_memory(torch.device("cpu"), {}):
             raise RuntimeError("shapes do not fit")

@@ -17,7 +17,7 @@ import lora
 import model as models
 import quant
 from speed import fp8 as e4m3
-from speed import memory
+from speed import meters
 
 CPU = torch.device("cpu")
 
@@ -271,7 +271,7 @@ def test_a_model_is_quantised_while_it_loads(tmp_path):
     folder = make_model(tmp_path / "m")
     whole = models.load(folder, dtype=torch.bfloat16, make_linear=quant.make_linear("none"))
     small = models.load(folder, dtype=torch.bfloat16, make_linear=quant.make_linear("nf4"))
-    layers, before, after, rest = memory.count_frozen(small, torch.bfloat16)
+    layers, before, after, rest = meters.count_frozen(small, torch.bfloat16)
     frozen = sum(m.weight.nbytes for m in whole.modules() if isinstance(m, quant.Plain))
     assert (layers, before) == (14, frozen) and after < 0.5 * before
     assert rest == sum(p.nbytes for p in whole.parameters()) - frozen

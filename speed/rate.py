@@ -1,0 +1,234 @@
+"""How fast a training run goes, by arithmetic: operations over the card's rate, bytes over its bandwidth, launches.
+
+    card = measured(device, Shape, …) or CARDS["A100"]
+    seconds = step_seconds(shape, work, card)
+
+A step waits for the slowest of three: the card, the host that launches kernels, copies between the two.
+
+    the card   matrix products     2 operations a weight and token in forward, 2 for the input gradient, 2 for the
+                                   recomputation of a checkpoint. Frozen weights have no gradient of their own.
+               attention           half of all pairs of tokens; backward does 2.5 times forward's work
+               the rest            norms, SwiGLU, RoPE, LoRA's thin products: their tensors are read and written PASSES
+                                   times, at the card's bandwidth
+               NF4                 each weight is read in 4 bits and written in 16, in forward and in backward
+    the host   LAUNCHES kernels a block; none with --cuda_graph
+    copies     --offload_ckpt: the inputs of half blocks to the host and back
+
+Llama-3-8B, 32 x 256 tokens, bf16 without checkpoints on an H100: 351 ms products, 8 attention, 130 the rest: 490 ms.
+Measured: 487 ms. PASSES, LAUNCHES and the share of attention were fitted to 23 such steps of 1B and 8B models.
+
+Proof: tests/test_rate.py, by hand. results/plan.json compares 40 measured runs.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+# --- 1. cards ---
+
+
+@dataclass(frozen=True)
+class Card:
+    """bf16, fp8: operations a second of large products (fp8 0: none). bandwidth, host: bytes a second of the card's
+    memory, and between card and host. launch: seconds in which the host launches a kernel."""
+
+    name: str
+    memory: float  # bytes
+    bf16: float
+    fp8: float
+    bandwidth: float
+    host: float = 25e9
+    launch: float = 20e-6
+
+
+# Of what a data sheet promises, the share that large products reach: 707 of 989 TFLOP/s on an H100.
+REACHED = 0.72
+
+
+def card(name, gigabytes, bf16, fp8, bandwidth):
+    """A Card of the numbers of its data sheet: GB, dense TFLOP/s in 16 and in 8 bits, GB a second."""
+    return Card(
+        name, gigabytes * 1e9, bf16 * 1e12 * REACHED, fp8 * 1e12 * REACHED, bandwidth * 0.9e9
+    )
+
+
+# V100 and T4 multiply in fp16. GB are 10⁹ bytes, as sold; a card has a little more.
+CARDS = {
+    name.lower(): card(name, *numbers)
+    for name, *numbers in [
+        ("T4", 16, 65, 0, 320),
+        ("V100", 16, 125, 0, 900),
+        ("P100", 16, 19, 0, 732),
+        ("RTX3060", 12, 51, 0, 360),
+        ("RTX3090", 24, 71, 0, 936),
+        ("RTX4060Ti", 16, 88, 176, 288),
+        ("RTX4090", 24, 165, 330, 1008),
+        ("RTX5090", 32, 209, 419, 1792),
+        ("A10", 24, 125, 0, 600),
+        ("A10G", 24, 70, 0, 600),
+        ("L4", 24, 121, 242, 300),
+        ("L40S", 48, 362, 733, 864),
+        ("A6000", 48, 155, 0, 768),
+        ("A100-40GB", 40, 312, 0, 1555),
+        ("A100", 80, 312, 0, 2039),
+        ("H100", 80, 989, 1979, 3350),
+        ("H200", 141, 989, 1979, 4800),
+        ("B200", 180, 2250, 4500, 8000),
+    ]
+}
+
+# Memory that cards are sold with, for the table of what fits.
+SIZES = [8, 16, 24, 40, 80]  # GB
+
+
+def measured(device, shape, fp8):
+    """The Card that this device is: short products of the model's own widths, a copy, launches. About a second."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = torch.float16
+    # A CPU takes seconds for what a GPU does in a millisecond, so there the products are small.
+    rows, C, F = (8192, shape.C, shape.F) if device.type == "cuda" else (256, 512, 1024)
+    x = torch.randn(rows, C, device=device, dtype=dtype)
+    W = torch.randn(C, F, device=device, dtype=dtype)
+    operations = 2 * rows * C * F
+    found = Card(
+        name=name_of(device),
+        memory=memory_of(device),
+        bf16=operations / seconds_of(lambda: x @ W, device),
+        fp8=0.0,
+        bandwidth=2 * x.nbytes / seconds_of(lambda: x.clone(), device),
+    )
+    if device.type != "cuda":
+        return replace(found, launch=0.0)
+    # A compiled block spends about four times as long on a kernel as a plain call does, because its sizes are checked.
+    small = torch.zeros(1, device=device)
+    found = replace(found, launch=4 * seconds_of(lambda: small.add_(1), device))
+    if not fp8:
+        return found
+    codes = x.to(torch.float8_e4m3fn)
+    weights = W.t().contiguous().to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device=device)
+    product = lambda: torch._scaled_mm(codes, weights, one, one, out_dtype=torch.bfloat16)  # noqa: E731 timed below
+    return replace(found, fp8=operations / seconds_of(product, device))
+
+
+def seconds_of(call, device, at_least=0.15):
+    """Seconds of one call, the mean over so many that they take `at_least` seconds."""
+    call()
+    wait(device)
+    began = time.time()
+    calls = 0
+    while time.time() - began < at_least:
+        for _ in range(20):
+            call()
+        calls += 20
+        wait(device)
+    return (time.time() - began) / calls
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def name_of(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+
+
+def memory_of(device):
+    """Bytes of the card, or of the host for a device without memory of its own."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+# --- 2. a step ---
+
+# How often what a block keeps for backward is read or written besides products: in forward and backward, and in a
+# recomputation. --fp8 also casts, eager mode fuses nothing.
+PASSES = 10.5
+PASSES_RECOMPUTED = 3
+PASSES_FP8 = 2.5
+PASSES_EAGER = 20
+# Attention reaches this share of the rate of large products.
+ATTENTION = 0.35
+# Kernels of a block in forward and backward, as the profiler counts them.
+LAUNCHES = 150
+LAUNCHES_QUANTISED = 230
+LAUNCHES_EAGER = 450
+
+
+def step_seconds(shape, work, card):
+    """Seconds of forward and backward of one micro-batch."""
+    on_card = products(shape, work, card) + attention(shape, work, card)
+    on_card += the_rest(shape, work, card) + dequantising(shape, work, card)
+    return max(on_card, launching(shape, work, card), copies(shape, work, card))
+
+
+def operations(shape, work):
+    """(operations of the blocks' products, of the head's) for a micro-batch."""
+    forward = 2 * work.n * shape.L * shape.block()
+    head = 2 * work.targets * shape.V * shape.C
+    passes = 2 if work.lora_r else 3
+    return passes * forward + recomputed(shape, work) * forward, passes * head
+
+
+def recomputed(shape, work):
+    """The share of forward's products that backward makes again.
+
+    Compiled blocks do not recompute down_proj, because backward needs no output of it (speed/compiled.py)."""
+    share = work.checkpoints(shape.L) / shape.L
+    if work.compile:
+        share *= 1 - shape.F * shape.C / shape.block()
+    return share
+
+
+def products(shape, work, card):
+    blocks, head = operations(shape, work)
+    fast = card.fp8 if work.fp8 and card.fp8 else card.bf16
+    return blocks / fast + head / card.bf16
+
+
+def attention(shape, work, card):
+    # Two products, q · k and p · v, of 2 operations each, over half of the T x T pairs.
+    T = work.document or work.tokens
+    forward = 2 * work.n * T * shape.H * shape.D * shape.L
+    passes = 3.5 + work.checkpoints(shape.L) / shape.L
+    return forward * passes / (card.bf16 * ATTENTION)
+
+
+def the_rest(shape, work, card):
+    numbers = 4 * shape.C + 3 * shape.H * shape.D + 2 * shape.K * shape.D + 3 * shape.F
+    moved = work.n * shape.L * numbers * work.bytes_of_a_number
+    passes = PASSES if work.compile else PASSES_EAGER
+    passes += PASSES_RECOMPUTED * work.checkpoints(shape.L) / shape.L
+    if work.fp8:
+        passes += PASSES_FP8
+    return moved * passes / card.bandwidth
+
+
+def dequantising(shape, work, card):
+    """A weight is read as it is kept and written in 16 bits, in forward and in backward."""
+    kept = {"none": None, "nf4": 0.5, "fp8": 1}[work.quant]
+    if kept is None or (work.quant == "fp8" and work.fp8):
+        return 0.0
+    return 2 * shape.L * shape.block() * (kept + 2) / card.bandwidth
+
+
+def launching(shape, work, card):
+    if work.cuda_graph:
+        return 0.0
+    kernels = LAUNCHES if work.quant == "none" else LAUNCHES_QUANTISED
+    if not work.compile:
+        kernels = LAUNCHES_EAGER
+    return shape.L * kernels * card.launch
+
+
+def copies(shape, work, card):
+    if not work.offload_ckpt:
+        return 0.0
+    inputs = 2 * work.checkpoints(shape.L) - 1
+    return 2 * inputs * work.n * shape.C * work.bytes_of_a_number / card.host
