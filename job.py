@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 
 import data
+import fit
 import lora
+import planner
 import quality
 import quant
 from data import Data
@@ -105,7 +107,8 @@ class Job:
     scale (fp16)            set_up; a resume: from facts            main, after each step
     watch                   set_up                                  the first step, then it is done
     facts                   set_up; a resume: Run.go_on             main counts steps, evaluate notes losses
-    run, title, board       set_up, when the folder is owned        nothing"""
+    run, title, board       set_up, when the folder is owned        nothing
+    plan                    set_up                                  nothing"""
 
     cfg: object  # train.Config
     data_cfg: Data
@@ -122,6 +125,19 @@ class Job:
     run: Run | None = None
     title: str = ""  # of the recipe that is written before and after
     board: Board | None = None  # --tensorboard
+    plan: planner.Plan | None = None
+
+    def out_of_memory(self):
+        """What a lack of memory means for this run: what was done, what takes less, which state is whole."""
+        # quality.held_out_loss puts the model into evaluation mode.
+        doing = "while training"
+        if not self.built.model.training:
+            doing = "while the held-out loss was measured"
+        go_on = f"`python train.py --resume --out {self.cfg.out}` goes on from it"
+        last = f"The state of step {self.run.saved_at} is whole: {go_on}."
+        if self.run.saved_at is None:
+            last = "Nothing was saved yet."
+        return doing, f"{fit.account(self.plan)} {last}"
 
     def start_board(self):
         """Before the first step of this process, the evaluation at step 0 of a new run included."""

@@ -1,20 +1,16 @@
-"""--plan and --fit: what a run takes and how long it goes on, before any weight is read.
+"""--plan: what a run takes and how long it goes on, before any weight is read.
 
-    plan = of_run(config, cfg, data_cfg, lengths, steps, device)
+    plan = of_run(config, cfg, data_cfg, lengths, steps, card)
     show(plan)                                      # a table to stderr, one JSON line to stdout
-    chosen = fit(plan, 24e9, "quant,fp8,batch")     # {flag: value} of the fastest flags that fit 24 GB
 
 speed/memory.py has the arithmetic of memory, speed/rate.py that of time. Here they meet the flags and the data: the
 largest micro-batch decides on the peak, all micro-batches of an epoch on the hours.
-
-    with out_of_memory(account, saved): …           # an allocation that fails becomes the plan's own account
 """
 
-from cli import UserError, say
+from cli import UserError
 
-import contextlib
-import importlib.util
-import shlex
+import functools
+import itertools
 import sys
 from dataclasses import dataclass, replace
 
@@ -23,7 +19,7 @@ import torch
 
 import data
 from files import disk
-from speed import compiled, memory, meters, precision, rate
+from speed import memory, precision, rate
 
 # --- 1. a run in numbers ---
 
@@ -73,7 +69,9 @@ class Plan:
         # A recipe's last token is a target only, never an input.
         inputs = self.lengths - 1
         sizes = []
-        for rows in itertools.chain(*data.plan(self.lengths, self.data_cfg, 0, self.cfg.grad_accum)):
+        for rows in itertools.chain(
+            *data.plan(self.lengths, self.data_cfg, 0, self.cfg.grad_accum)
+        ):
             longest = -(-int(inputs[rows].max()) // tile) * tile
             shape = (len(rows), longest)
             if self.data_cfg.budget:
@@ -127,14 +125,16 @@ class Plan:
 
     def changed(self, flags):
         """The same run with other flags. flags {name: value}: of Config, and batch_size of Data"""
-        flags = dict(flags)
-        data_cfg = self.data_cfg
-        if "batch_size" in flags:
-            data_cfg = replace(data_cfg, batch_size=flags.pop("batch_size"))
-        return replace(self, cfg=replace(self.cfg, **flags), data_cfg=data_cfg)
+        of_data = {
+            name: value for name, value in flags.items() if name in ("batch_size", "batch_tokens")
+        }
+        of_cfg = {name: value for name, value in flags.items() if name not in of_data}
+        size = precision.DTYPES[of_cfg["dtype"]].itemsize if "dtype" in of_cfg else self.size
+        cfg = replace(self.cfg, **of_cfg)
+        return replace(self, cfg=cfg, data_cfg=replace(self.data_cfg, **of_data), size=size)
 
 
-def of_run(config, cfg, data_cfg, lengths, steps, device):
+def of_run(config, cfg, data_cfg, lengths, steps, card):
     """The Plan of a run. config: model.ModelConfig. lengths: tokens of each recipe; None: of a run without data"""
     shape = shape_of(config)
     note = ""
@@ -144,8 +144,7 @@ def of_run(config, cfg, data_cfg, lengths, steps, device):
     if len(lengths) > MOST_LENGTHS:
         some = lengths[:: len(lengths) // MOST_LENGTHS]
         lengths = np.append(some, lengths.max())
-    card = card_of(cfg.card, device, shape, cfg.fp8)
-    size = bytes_of_dtype(cfg, device)
+    size = bytes_of_dtype(cfg, card)
     return Plan(shape, cfg, data_cfg, lengths, steps, card, size, note)
 
 
@@ -158,10 +157,10 @@ def full_length(data_cfg, grad_accum):
     return np.full(rows * grad_accum, data_cfg.max_len, dtype=np.int64)
 
 
-def card_of(name, device, shape, fp8):
-    """The Card of --card, or this machine's, measured in a second."""
+def card_of(name, device, config, fp8):
+    """The Card of --card, or this machine's, measured in a second. fp8: its products in 8 bits, too"""
     if not name:
-        return rate.measured(device, shape, fp8)
+        return rate.measured(device, shape_of(config), fp8)
     found = rate.CARDS.get(name.lower().replace(" ", ""))
     if found is None:
         known = ", ".join(card.name for card in rate.CARDS.values())
@@ -169,13 +168,13 @@ def card_of(name, device, shape, fp8):
     return found
 
 
-def bytes_of_dtype(cfg, device):
-    """Bytes of a number of --dtype. A card of --card has 16-bit arithmetic, as every GPU that is listed."""
+def bytes_of_dtype(cfg, card):
+    """Bytes of a number of --dtype. Every GPU has 16-bit arithmetic; a CPU may not."""
     if cfg.dtype != "auto":
         return precision.DTYPES[cfg.dtype].itemsize
-    if cfg.card:
+    if card.name != "cpu":
         return 2
-    kept, _, _ = precision.pick_dtype("auto", device)
+    kept, _, _ = precision.pick_dtype("auto", torch.device("cpu"))
     return kept.itemsize
 
 
@@ -209,7 +208,7 @@ def show(plan):
 def table(plan, at):
     shape = plan.shape
     work = plan.work
-    weights = memory.all_weights(shape) / 1e9
+    weights = shape.weights() / 1e9
     lines = [
         f"{weights:.2f} billion weights: {shape.L} blocks, C {shape.C}, F {shape.F}, V {shape.V}",
         f"largest micro-batch: {work.rows} x {work.tokens} tokens{plan.note}",
@@ -221,12 +220,16 @@ def table(plan, at):
             lines.append(f"{size / 1e9:8.2f}  {name}: {MEANS[name]}")
     lines.append(f"{at.bytes / 1e9:8.2f}  in all (torch.cuda.max_memory_allocated)")
     others = [f"{name} {size / 1e9:.2f}" for name, size in at.moments.items() if name != at.moment]
-    lines.append(f"{'':>8}  other moments: {', '.join(others)}; while loading {at.loading / 1e9:.2f}")
+    lines.append(
+        f"{'':>8}  other moments: {', '.join(others)}; while loading {at.loading / 1e9:.2f}"
+    )
     kept = [f"{way} {size:.2f}" for way, size in ways_to_keep(plan).items()]
     lines.append(f"{'':>8}  kept from forward to backward: {', '.join(kept)}")
     host = sum(memory.of_host(shape, work).values())
     lines += ["", f"{host / 1e9:8.2f}  host memory", ""]
-    lines.append(f"{plan.needed / 1e9:8.2f}  needed of a card: with CUDA's context and what torch cannot use")
+    lines.append(
+        f"{plan.needed / 1e9:8.2f}  needed of a card: with CUDA's context and what torch cannot use"
+    )
     for name, does in fits(plan).items():
         lines.append(f"{'fits' if does else '-':>8}  {name}")
     lines += ["", f"{plan.tokens_per_s:8.0f}  tokens/s on {plan.card.name}"]
@@ -275,155 +278,3 @@ def as_json(plan, at):
         "steps": plan.steps,
         "hours": round(plan.hours, 4),
     }
-
-
-# --- 3. --fit: the fastest flags that fit ---
-
-ALLOWED = ("quant", "fp8", "batch")
-# The sizes of micro-batches that --allow batch tries.
-SIZES_OF_BATCHES = [1, 2, 4, 8, 16, 32, 64, 128]
-
-
-def check_allowed(allow):
-    """The names in --allow; UserError for one that is none."""
-    names = [name for name in allow.split(",") if name]
-    for name in names:
-        if name not in ALLOWED:
-            raise UserError(f"--allow {name} is none of {', '.join(ALLOWED)}.")
-    return names
-
-
-def fit(plan, room, allow):
-    """{flag: value} of the fastest choice that needs at most `room` bytes; says the first five."""
-    allowed = check_allowed(allow)
-    tried = []
-    for batch in batch_sizes(plan, allowed):
-        resized = plan.changed(batch)
-        for flags in same_mathematics(resized, allowed):
-            tried += [batch | more for more in with_checkpoints(resized, flags, room)]
-    plans = [(flags, plan.changed(flags)) for flags in tried]
-    that_fit = [(flags, one) for flags, one in plans if one.needed <= room]
-    if not that_fit:
-        flags, least = min(plans, key=lambda pair: pair[1].needed)
-        raise UserError(
-            f"--fit {room / 1e9:g}: nothing fits; the least is {least.needed / 1e9:.1f} GB, with {written(flags)}."
-        )
-    # Of equally fast choices take the one with fewer flags.
-    that_fit.sort(key=lambda pair: (-pair[1].tokens_per_s, len(written(pair[0]))))
-    for number, (flags, one) in enumerate(that_fit[:5], 1):
-        say("fit", f"{number}. {one.needed / 1e9:.1f} GB, {one.tokens_per_s:.0f} tokens/s: {written(flags)}")
-    chosen, _ = that_fit[0]
-    return chosen
-
-
-def batch_sizes(plan, allowed):
-    """[{flag: value}]: what --allow batch tries. A smaller micro-batch is accumulated, so that the step stays."""
-    if "batch" not in allowed or plan.data_cfg.batch_tokens or plan.data_cfg.budget:
-        return [{}]
-    step = plan.data_cfg.batch_size * plan.cfg.grad_accum
-    return [{"batch_size": B, "grad_accum": max(1, step // B)} for B in SIZES_OF_BATCHES]
-
-
-def same_mathematics(plan, allowed):
-    """Yield {flag: value}: what changes speed and memory, and the arithmetic only where it is allowed to."""
-    cfg = plan.cfg
-    on_gpu = plan.card.name != "cpu"
-    quants = [cfg.quant]
-    fp8s = [cfg.fp8]
-    if "quant" in allowed and cfg.lora_r:
-        quants = ["none", "fp8", "nf4"] if importlib.util.find_spec("bitsandbytes") else ["none", "fp8"]
-    if "fp8" in allowed and cfg.lora_r and plan.card.fp8:
-        fp8s = [False, True]
-    can_record = on_gpu and cfg.lora_r and not cfg.lora_dropout
-    can_offload = cfg.lora_r and not plan.shape.tied
-    compiles = [cfg.compile or (on_gpu and compiled.has_compiler())]
-    graphs = [False, True] if can_record else [False]
-    embeds = [False, True] if can_offload else [False]
-    names = ["quant", "fp8", "compile", "cuda_graph", "offload_embed"]
-    for values in itertools.product(quants, fp8s, compiles, graphs, embeds):
-        flags = dict(zip(names, values, strict=True))
-        # A recorded step cannot wait for the host.
-        if not (flags["cuda_graph"] and flags["offload_embed"]):
-            yield flags
-
-
-def with_checkpoints(plan, flags, room):
-    """The flags with no checkpoints, with as few as fit, with all, and with all in host memory: [{flag: value}]."""
-    none = {"grad_ckpt": False, "ckpt_blocks": 0, "offload_ckpt": False}
-    every = none | {"grad_ckpt": True}
-    ways = [none, every]
-    few = fewest_checkpoints(plan.changed(flags | every), room)
-    if few:
-        ways.append(every | {"ckpt_blocks": few})
-    if plan.card.name != "cpu" and not flags["cuda_graph"]:
-        ways.append(every | {"offload_ckpt": True})
-    return [flags | way for way in ways]
-
-
-def fewest_checkpoints(plan, room):
-    """The least --ckpt_blocks, below all, that needs at most `room` bytes; 0 if there is none."""
-    blocks = range(1, plan.shape.L)
-    # More checkpoints need less, so search by halves.
-    few = bisect.bisect_left(blocks, True, key=lambda n: plan.changed({"ckpt_blocks": n}).needed <= room)
-    return blocks[few] if few < len(blocks) else 0
-
-
-def written(flags):
-    """Flags as a command line has them."""
-    return " ".join(one_written(name, value) for name, value in flags.items() if value not in (False, 0, "none")) or "no flag"
-
-
-def one_written(name, value):
-    return f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}"
-
-
-def command_line(program, *configs):
-    """The command line that gives these dataclasses of flags their values."""
-    words = [program]
-    for config in configs:
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if value == cli.default_of(field):
-                continue
-            if isinstance(value, list):
-                words.append(f"--{field.name} {shlex.join(value)}")
-            elif value is False:
-                words.append(f"--no-{field.name}")
-            else:
-                words.append(one_written(field.name, value))
-    return " ".join(words)
-
-
-# --- 4. memory that ran out ---
-
-
-def account(plan):
-    """What the plan says was largest, and which flags would take how much less: two sentences."""
-    at = plan.peak
-    largest = sorted(at.parts.items(), key=lambda part: -part[1])[:4]
-    parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in largest)
-    return f"By the plan the largest parts are {parts}. {helps(savings(plan))}"
-
-
-def helps(saved):
-    """saved {flag: bytes} as a sentence."""
-    if not saved:
-        return "No flag takes less: choose a smaller --model, or a card with more memory."
-    flags = ", ".join(f"{flag} ({size / 1e9:.1f} GB less)" for flag, size in saved.items())
-    return f"In order of gain, these take less: {flags}."
-
-
-def savings(plan):
-    """{flag as the user writes it: bytes that it takes off the peak}, the largest first, without what saves nothing."""
-    now = plan.peak.bytes
-    saved = {}
-    for text, flags in alternatives(plan).items():
-        size = now - plan.changed(flags).peak.bytes
-        if size > 0.01 * now:
-            saved[text] = size
-    smaller = plan.changed_data()
-    for text, other in smaller.items():
-        size = now - other.peak.bytes
-        if size > 0.01 * now:
-            saved[text] = size
-    return dict(sorted(saved.items(), key=lambda pair: -pair[1]))

@@ -19,13 +19,15 @@ import json
 import math
 import re
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 import data
+import fit
 import lora
 import quality
 import quant
@@ -33,7 +35,7 @@ import recipes
 from files import disk, hub
 from files.run import read_run
 from generate import Engine, Sampling, Scheduler, Stream, said
-from speed import compiled, memory, precision
+from speed import compiled, precision
 from speed.loss import chunked
 from text import Text
 
@@ -296,7 +298,9 @@ def load(cfg):
         compiled.start_compiler()
         compiled.wait_for_compiler()
 
-    with memory.out_of_memory(device, asdict(cfg)):
+    with fit.out_of_memory(
+        device, partial(account, cfg, source.base, "while the model was loaded")
+    ):
         model = lora.load_model(
             source.base,
             device,
@@ -320,6 +324,14 @@ def load(cfg):
     if source.run is not None:
         say_if_not_best(source.run)
     return model, Text(source.base), source.info
+
+
+def account(cfg, base, doing):
+    """What a lack of memory means: (what was done, what takes less). base: the model's folder"""
+    kept, _, _ = precision.pick_dtype(cfg.dtype, precision.pick_device(cfg.device))
+    return fit.sampling_account(
+        base, doing, cfg.batch_size, cfg.max_new_tokens, cfg.quant, kept.itemsize
+    )
 
 
 def described(cfg, source):
@@ -541,17 +553,14 @@ def table(n, measures):
 def main():
     (cfg,) = cli.parse(__doc__, Config)
     check(cfg)
-    try:
+    device = precision.pick_device(cfg.device)
+    with fit.out_of_memory(
+        device, lambda: account(cfg, find(cfg).base, "while texts were written")
+    ):
         if cfg.eval:
             evaluate(cfg)
         else:
             answer(cfg)
-    except (RuntimeError, MemoryError) as e:
-        if not meters.is_out_of_memory(e):
-            raise
-        raise UserError(
-            "out of memory: a smaller --batch_size, --max_new_tokens or --quant nf4 takes less."
-        ) from None
 
 
 if __name__ == "__main__":

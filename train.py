@@ -14,19 +14,21 @@ from cli import UserError, say
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 
 import data
+import fit
 import lora
 import model as models
+import planner
 import quality
 import quant
 from data import Data
-from files import board, disk, hub, weights
+from files import board, disk, hub, tokenizer, weights
 from files.run import Facts, Run, Stop, check_out, refuse_other_flags, started_with
 from job import (
     Built,
@@ -39,7 +41,7 @@ from job import (
     stopped,
 )
 from recipes import Rules
-from speed import checkpoint, compiled, graphs, loss, memory, offload, optim, precision
+from speed import checkpoint, compiled, graphs, loss, meters, offload, optim, precision, rate
 from text import check_targets
 
 
@@ -63,6 +65,7 @@ class Config:
     attn: Literal["naive", "flash", "cudnn"] = "flash"  # attention kernel; only naive holds the score matrix
     fused_loss: bool = True            # compute the loss in chunks, so that all logits are never in memory at once
     grad_ckpt: bool = False            # keep only the input of each transformer block; recompute the rest in backward
+    ckpt_blocks: int = 0               # with --grad_ckpt: how many blocks, from the first on, are checkpoints; 0: all
     offload_ckpt: bool = False         # with --grad_ckpt: hold what it keeps for backward in pinned host memory
     offload_embed: bool = False        # keep the input embedding in host memory, to save GPU memory
     compile: bool = False              # compile the model with torch.compile: one graph for all blocks and lengths
@@ -81,6 +84,10 @@ class Config:
     eval_every: int = 30               # optimiser steps between evaluations on the held-out recipes
     save_every: int = 50               # optimiser steps between saves of the adapter and the resume state
     tensorboard: bool = False          # also write metrics for TensorBoard into --out; needs the package tensorboard
+    plan: bool = False                 # print memory, speed and hours of the run that the flags ask for, and stop
+    card: str = ""                     # with --plan: plan for this card, H100 or T4 say, and not for this machine
+    fit: float = 0                     # GB of a card: train with the fastest flags whose plan fits; 0: as given
+    allow: str = ""                    # what --fit may change beside flags that keep the results: quant,fp8,batch
     # fmt: on
 
 
@@ -122,6 +129,18 @@ def check(cfg, data_cfg):
         raise UserError("--offload_ckpt moves what --grad_ckpt keeps: add --grad_ckpt.")
     if cfg.tensorboard:
         board.check()
+    check_plan(cfg)
+
+
+def check_plan(cfg):
+    cli.bound(cfg, fit=0)
+    fit.check_allowed(cfg.allow)
+    if cfg.allow and not cfg.fit:
+        raise UserError("--allow says what --fit may change: add --fit GB.")
+    if cfg.card and not cfg.plan:
+        raise UserError("--card plans for another card: add --plan.")
+    if cfg.fit and cfg.resume:
+        raise UserError("--fit chooses flags of a new run, and --resume keeps those of an old one.")
 
 
 # --- 1. the model, and every optimisation in the order in which they are applied ---
@@ -254,10 +273,45 @@ def about(job, rules):
 # --- 3. the run ---
 
 
-def set_up():
+def show_plan(cfg, data_cfg, rules):
+    """--plan: print what the run takes, before any weight is read. -> the exit code"""
+    device = precision.pick_device(cfg.device)
+    cache = disk.cache_folder(data_cfg.cache)
+    # Lengths of recipes need a tokenizer. Without --data one small file of a hub's model is enough.
+    needs = "tokenizer" if data_cfg.data else "config"
+    base = hub.resolve(data_cfg.model, cache, needs)
+    config = models.read_config(base)
+    lengths = None
+    steps_of = None
+    if tokenizer.has_files(base) and hub.has_recipes(data_cfg.data, cache):
+        dataset, _, _ = data.prepare(data_cfg, rules, base)
+        lengths = dataset.lengths(dataset.indices)
+        steps_of = partial(data.count_steps, dataset, data_cfg, cfg.grad_accum)
+    steps, _ = optim.how_many_steps(cfg.max_steps, cfg.epochs, steps_of or (lambda epochs: 0))
+    # --allow fp8 asks for the rate of 8-bit products, too.
+    card = planner.card_of(cfg.card, device, config, cfg.fp8 or cfg.fit > 0)
+    plan = planner.of_run(config, cfg, data_cfg, lengths, steps, card)
+    if cfg.fit:
+        plan = plan.changed(fit.fit(plan, cfg.fit * 1e9, cfg.allow))
+    planner.show(plan)
+    return 0
+
+
+def fitted(cfg, data_cfg, rules, config, lengths, device):
+    """--fit: (Config, Data) with the fastest flags whose plan fits."""
+    card = planner.card_of("", device, config, fp8=True)
+    plan = planner.of_run(config, cfg, data_cfg, lengths, 0, card)
+    chosen = plan.changed(fit.fit(plan, cfg.fit * 1e9, cfg.allow))
+    cfg = replace(chosen.cfg, fit=0, allow="")
+    check(cfg, chosen.data_cfg)
+    say("fit", fit.command_line("python train.py", cfg, chosen.data_cfg, rules))
+    if cfg.compile:
+        compiled.start_compiler()
+    return cfg, chosen.data_cfg
+
+
+def set_up(cfg, data_cfg, rules):
     """Everything that the loop needs."""
-    cfg, data_cfg, rules = parse_flags()
-    check(cfg, data_cfg)
     say("config", json.dumps(flags_of(cfg, data_cfg), ensure_ascii=False))
     device = precision.pick_device(cfg.device)
     torch.manual_seed(data_cfg.seed)
@@ -265,7 +319,12 @@ def set_up():
         compiled.start_compiler()
 
     base = find_base(cfg, data_cfg)
+    config = models.read_config(base)
     dataset, held, text = data.prepare(data_cfg, rules, base)
+    lengths = dataset.lengths(dataset.indices)
+    if cfg.fit:
+        cfg, data_cfg = fitted(cfg, data_cfg, rules, config, lengths, device)
+    plan = planner.of_run(config, cfg, data_cfg, lengths, 0, rate.unmeasured(device))
     steps_of = partial(data.count_steps, dataset, data_cfg, cfg.grad_accum)
     total, why = optim.how_many_steps(cfg.max_steps, cfg.epochs, steps_of)
     say("data", f"{data.sizes(dataset, held)}, {total} steps ({why})")
@@ -273,7 +332,7 @@ def set_up():
     data.say_small(dataset, data_cfg, cfg.grad_accum)
 
     meter = meters.Meter(device, compiled.graphs_so_far)
-    with memory.out_of_memory(device, flags_of(cfg, data_cfg)):
+    with fit.out_of_memory(device, partial(fit.while_loading, plan)):
         built = build(cfg, data_cfg, base, device, meter, max(dataset.longest, held.longest))
         if cfg.optim != "adamw":
             # Load bitsandbytes here, so that a missing one is a sentence and no traceback.
@@ -293,6 +352,7 @@ def set_up():
             scale=scale,
             watch=optim.GradientWatch(built.params),
             facts=Facts(total=total, loss_scale=scale.value),
+            plan=plan,
         )
         info = about(job, rules)
         job.title = info["titles"][data_cfg.seed % len(info["titles"])]
@@ -351,13 +411,16 @@ def one_step(job, batches, lr):
 
 
 def main():
-    job = set_up()
+    cfg, data_cfg, rules = parse_flags()
+    check(cfg, data_cfg)
+    if cfg.plan:
+        return show_plan(cfg, data_cfg, rules)
+    job = set_up(cfg, data_cfg, rules)
     cfg = job.cfg
     facts = job.facts
     meter = job.built.meter
     job.built.model.train()
-    flags = flags_of(cfg, job.data_cfg)
-    with Stop() as stop, memory.out_of_memory(job.device, flags, job.built.model):
+    with Stop() as stop, fit.out_of_memory(job.device, job.out_of_memory):
         if facts.step == 0 and facts.val_before is None:
             before_training(job)
         bar = cli.Progress(facts.total, "train")

@@ -313,6 +313,11 @@ def check_folder(folder, needs):
     )
 
 
+def has_recipes(names, cache):
+    """Whether --data names files, or the default recipes were fetched before."""
+    return bool(names) or (Path(cache) / "recipes_en-us.json").exists()
+
+
 def recipe_files(names, flag, cache):
     """The files that a flag names; the default recipes if the flag names none."""
     if not names:

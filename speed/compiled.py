@@ -40,12 +40,16 @@ import torch
 COMPILERS = ["g++", "clang++", "c++", "gcc", "clang", "cc"]
 
 
+def has_compiler():
+    return any(shutil.which(name) for name in COMPILERS)
+
+
 STARTING = []  # the thread of start_compiler, while it runs
 
 
 def start_compiler():
     """Import the compiler and start its worker processes in a thread: 4 to 6 s, while the recipes are read."""
-    if not any(shutil.which(name) for name in COMPILERS):
+    if not has_compiler():
         raise UserError(
             "--compile needs a C++ compiler (apt install g++); everything runs without --compile."
         )

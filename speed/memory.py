@@ -61,6 +61,19 @@ class Shape:
         """Weights of embedding and head together."""
         return self.V * self.C * (1 if self.tied else 2)
 
+    def norms(self):
+        return (2 * self.L + 1) * self.C
+
+    def weights(self):
+        """Of the whole model."""
+        return self.L * self.block() + self.vocabulary() + self.norms()
+
+    def adapter(self, r, targets=()):
+        """Numbers of all A [r, inputs] and B [outputs, r]: 41,943,040 for 8B with r = 16. targets: none for all"""
+        linears = self.linears()
+        sides = sum(sum(linears[name]) for name in targets or linears)
+        return self.L * r * sides
+
 
 @dataclass(frozen=True)
 class Work:
@@ -101,7 +114,7 @@ class Work:
 
 def static(shape, work):
     """{part: bytes} of all that is held from the first step to the last."""
-    trained = adapter_weights(shape, work) or all_weights(shape)
+    trained = shape.adapter(work.lora_r, work.lora_targets) or shape.weights()
     parts = base(shape, work)
     if work.lora_r:
         # fp32, so that small steps are not rounded away (speed/precision.py).
@@ -117,11 +130,10 @@ def base(shape, work):
     linears = shape.L * shape.block()
     # With --lora_r 0 all weights are trained, so they are fp32.
     each = work.bytes_of_a_number if work.lora_r else 4
-    norms = (2 * shape.L + 1) * shape.C
     vocabulary = shape.vocabulary()
     if work.offload_embed and not shape.tied:
         vocabulary -= shape.V * shape.C
-    parts = {"base": linears * each, "embedding and head": (vocabulary + norms) * each}
+    parts = {"base": linears * each, "embedding and head": (vocabulary + shape.norms()) * each}
     if work.quant == "nf4":
         # 4 bits a weight; an absmax of one byte for 64 weights, and one of 4 bytes for 256 of these (quant.py).
         parts["base"] = linears / 2
@@ -132,18 +144,6 @@ def base(shape, work):
         parts["base"] = linears
         parts["quant constants"] = shape.L * rows * 4
     return parts
-
-
-def all_weights(shape):
-    return shape.L * shape.block() + shape.vocabulary() + (2 * shape.L + 1) * shape.C
-
-
-def adapter_weights(shape, work):
-    """Numbers of all A [r, inputs] and B [outputs, r]. 8B, r = 16, all linears: 41,943,040."""
-    linears = shape.linears()
-    targets = work.lora_targets or linears
-    sides = sum(sum(linears[name]) for name in targets)
-    return shape.L * work.lora_r * sides
 
 
 def bytes_of_states(optim):
@@ -165,7 +165,7 @@ def kept_of_a_block(shape, work):
     keys, values                                                       2KD             2KD
     gate, up, silu(gate) * up; eager: silu(gate), too                  3F              4F
     a number for each head (fp32); x · A of each layer                 4H bytes, 7r    the same
-"""
+    """
     n = work.n
     size = work.bytes_of_a_number
     attention = 3 * shape.H * shape.D + 2 * shape.K * shape.D
@@ -179,7 +179,7 @@ def kept_of_a_block(shape, work):
         total = n * (numbers * size + 2 * shape.C * 4)
     total += n * shape.H * 4
     # A and B are cast to 16 bits for the products, and backward needs these casts.
-    total += adapter_weights(shape, work) / shape.L * size
+    total += shape.adapter(work.lora_r, work.lora_targets) / shape.L * size
     return total + scores(shape, work)
 
 
@@ -320,16 +320,13 @@ def of_host(shape, work):
     return parts
 
 
-CONTEXT = 0.55e9  # of CUDA on an H100, before the first tensor
-
-
-def needed(at):
-    """Bytes of a card that a run needs: the peak, CUDA's context, and what torch's allocator cannot use.
+def needed(at, context):
+    """Bytes of a card that a run needs: the peak, CUDA's context (bytes), and what torch's allocator cannot use.
 
     The allocator hands out memory in blocks, and between blocks some stays free: up to 4 % of what comes and goes."""
     fixed = ("base", "quant constants", "embedding and head", "adapter", "gradients", "optimizer")
     comes_and_goes = at.bytes - sum(at.parts.get(name, 0) for name in fixed)
-    return max(at.bytes + 0.04 * comes_and_goes, at.loading) + CONTEXT
+    return max(at.bytes + 0.04 * comes_and_goes, at.loading) + context
 
 
 # --- 5. sampling ---
@@ -340,7 +337,9 @@ def of_sampling(shape, work, slots):
 
     8B in bf16, 32 texts of 464 tokens: 16.1 GB of weights, 1.9 of keys and values."""
     parts = base(shape, work)
-    parts["keys and values"] = 2 * shape.L * shape.K * shape.D * slots * work.rows * work.bytes_of_a_number
+    parts["keys and values"] = (
+        2 * shape.L * shape.K * shape.D * slots * work.rows * work.bytes_of_a_number
+    )
     # A pass over prompts has about 8,192 tokens at most (generate.py), and a block works on the MLP's three tensors.
     read = min(8192, work.rows * slots)
     parts["one block"] = read * (3 * shape.F + 4 * shape.C) * work.bytes_of_a_number

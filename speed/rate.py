@@ -10,12 +10,13 @@ A step waits for the slowest of three: the card, the host that launches kernels,
                attention           half of all pairs of tokens; backward does 2.5 times forward's work
                the rest            norms, SwiGLU, RoPE, LoRA's thin products: their tensors are read and written PASSES
                                    times, at the card's bandwidth
-               NF4                 each weight is read in 4 bits and written in 16, in forward and in backward
+               decoding            a weight in 4 bits is read and written in 16, in forward and in backward; in e4m3, too
+               gaps                between kernels
     the host   LAUNCHES kernels a block; none with --cuda_graph
     copies     --offload_ckpt: the inputs of half blocks to the host and back
 
-Llama-3-8B, 32 x 256 tokens, bf16 without checkpoints on an H100: 351 ms products, 8 attention, 130 the rest: 490 ms.
-Measured: 487 ms. PASSES, LAUNCHES and the share of attention were fitted to 23 such steps of 1B and 8B models.
+Llama-3-8B, 32 x 256 tokens, bf16 without checkpoints on an H100: 351 ms products, 8 attention, 110 the rest, 14 gaps:
+483 ms. Measured: 487. PASSES, GAP and the share of attention were fitted to 23 such steps of 1B and 8B models.
 
 Proof: tests/test_rate.py, by hand. results/plan.json compares 40 measured runs.
 """
@@ -40,6 +41,7 @@ class Card:
     bandwidth: float
     host: float = 25e9
     launch: float = 20e-6
+    context: float = 0.55e9  # bytes that CUDA takes before the first tensor, as measured on an H100
 
 
 # Of what a data sheet promises, the share that large products reach: 707 of 989 TFLOP/s on an H100.
@@ -54,29 +56,27 @@ def card(name, gigabytes, bf16, fp8, bandwidth):
 
 
 # V100 and T4 multiply in fp16. GB are 10⁹ bytes, as sold; a card has a little more.
-CARDS = {
-    name.lower(): card(name, *numbers)
-    for name, *numbers in [
-        ("T4", 16, 65, 0, 320),
-        ("V100", 16, 125, 0, 900),
-        ("P100", 16, 19, 0, 732),
-        ("RTX3060", 12, 51, 0, 360),
-        ("RTX3090", 24, 71, 0, 936),
-        ("RTX4060Ti", 16, 88, 176, 288),
-        ("RTX4090", 24, 165, 330, 1008),
-        ("RTX5090", 32, 209, 419, 1792),
-        ("A10", 24, 125, 0, 600),
-        ("A10G", 24, 70, 0, 600),
-        ("L4", 24, 121, 242, 300),
-        ("L40S", 48, 362, 733, 864),
-        ("A6000", 48, 155, 0, 768),
-        ("A100-40GB", 40, 312, 0, 1555),
-        ("A100", 80, 312, 0, 2039),
-        ("H100", 80, 989, 1979, 3350),
-        ("H200", 141, 989, 1979, 4800),
-        ("B200", 180, 2250, 4500, 8000),
-    ]
-}
+SHEETS = [
+    card("T4", 16, 65, 0, 320),
+    card("V100", 16, 125, 0, 900),
+    card("P100", 16, 19, 0, 732),
+    card("RTX3060", 12, 51, 0, 360),
+    card("RTX3090", 24, 71, 0, 936),
+    card("RTX4060Ti", 16, 88, 176, 288),
+    card("RTX4090", 24, 165, 330, 1008),
+    card("RTX5090", 32, 209, 419, 1792),
+    card("A10", 24, 125, 0, 600),
+    card("A10G", 24, 70, 0, 600),
+    card("L4", 24, 121, 242, 300),
+    card("L40S", 48, 362, 733, 864),
+    card("A6000", 48, 155, 0, 768),
+    card("A100-40GB", 40, 312, 0, 1555),
+    card("A100", 80, 312, 0, 2039),
+    card("H100", 80, 989, 1979, 3350),
+    card("H200", 141, 989, 1979, 4800),
+    card("B200", 180, 2250, 4500, 8000),
+]
+CARDS = {sheet.name.lower(): sheet for sheet in SHEETS}
 
 # Memory that cards are sold with, for the table of what fits.
 SIZES = [8, 16, 24, 40, 80]  # GB
@@ -88,10 +88,12 @@ def measured(device, shape, fp8):
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         dtype = torch.float16
     # A CPU takes seconds for what a GPU does in a millisecond, so there the products are small.
-    rows, C, F = (8192, shape.C, shape.F) if device.type == "cuda" else (256, 512, 1024)
-    x = torch.randn(rows, C, device=device, dtype=dtype)
-    W = torch.randn(C, F, device=device, dtype=dtype)
-    operations = 2 * rows * C * F
+    sizes = [256, 512, 1024]
+    if device.type == "cuda":
+        sizes = [8192, shape.C, shape.F]
+    x = torch.randn(sizes[0], sizes[1], device=device, dtype=dtype)
+    W = torch.randn(sizes[1], sizes[2], device=device, dtype=dtype)
+    operations = 2 * sizes[0] * sizes[1] * sizes[2]
     found = Card(
         name=name_of(device),
         memory=memory_of(device),
@@ -100,7 +102,8 @@ def measured(device, shape, fp8):
         bandwidth=2 * x.nbytes / seconds_of(lambda: x.clone(), device),
     )
     if device.type != "cuda":
-        return replace(found, launch=0.0)
+        # Python and torch have about as much in use before a model is there.
+        return replace(found, launch=0.0, context=0.45e9)
     # A compiled block spends about four times as long on a kernel as a plain call does, because its sizes are checked.
     small = torch.zeros(1, device=device)
     found = replace(found, launch=4 * seconds_of(lambda: small.add_(1), device))
@@ -111,6 +114,11 @@ def measured(device, shape, fp8):
     one = torch.ones((), device=device)
     product = lambda: torch._scaled_mm(codes, weights, one, one, out_dtype=torch.bfloat16)  # noqa: E731 timed below
     return replace(found, fp8=operations / seconds_of(product, device))
+
+
+def unmeasured(device):
+    """A Card of this device for a plan of memory alone."""
+    return Card(name_of(device), memory_of(device), bf16=1, fp8=0, bandwidth=1)
 
 
 def seconds_of(call, device, at_least=0.15):
@@ -148,10 +156,9 @@ def memory_of(device):
 # --- 2. a step ---
 
 # How often what a block keeps for backward is read or written besides products: in forward and backward, and in a
-# recomputation. --fp8 also casts, eager mode fuses nothing.
-PASSES = 10.5
+# recomputation. Eager mode fuses nothing.
+PASSES = 8.5
 PASSES_RECOMPUTED = 3
-PASSES_FP8 = 2.5
 PASSES_EAGER = 20
 # Attention reaches this share of the rate of large products.
 ATTENTION = 0.35
@@ -159,12 +166,24 @@ ATTENTION = 0.35
 LAUNCHES = 150
 LAUNCHES_QUANTISED = 230
 LAUNCHES_EAGER = 450
+# Seconds in which a kernel begins and ends, and the card is not full.
+GAP = 3e-6
+# Bytes that are read and written for each weight before it can be multiplied: {(--quant, --fp8): bytes}. 4 bits or
+# a byte become bf16; bf16 becomes e4m3 in two layouts.
+DECODED = {
+    ("none", False): 0,
+    ("none", True): 2 + 1 + 1,
+    ("nf4", False): 0.5 + 2,
+    ("nf4", True): 0.5 + 2 + 2 + 1 + 1,
+    ("fp8", False): 1 + 2,
+    ("fp8", True): 1 + 1,
+}
 
 
 def step_seconds(shape, work, card):
     """Seconds of forward and backward of one micro-batch."""
-    on_card = products(shape, work, card) + attention(shape, work, card)
-    on_card += the_rest(shape, work, card) + dequantising(shape, work, card)
+    parts = (products, attention, the_rest, decoding, gaps, embedding)
+    on_card = sum(part(shape, work, card) for part in parts)
     return max(on_card, launching(shape, work, card), copies(shape, work, card))
 
 
@@ -205,26 +224,52 @@ def the_rest(shape, work, card):
     moved = work.n * shape.L * numbers * work.bytes_of_a_number
     passes = PASSES if work.compile else PASSES_EAGER
     passes += PASSES_RECOMPUTED * work.checkpoints(shape.L) / shape.L
-    if work.fp8:
-        passes += PASSES_FP8
     return moved * passes / card.bandwidth
 
 
-def dequantising(shape, work, card):
-    """A weight is read as it is kept and written in 16 bits, in forward and in backward."""
-    kept = {"none": None, "nf4": 0.5, "fp8": 1}[work.quant]
-    if kept is None or (work.quant == "fp8" and work.fp8):
+def updating(shape, work, card):
+    """Seconds of the optimiser's step: AdamW reads a weight, its gradient and two states, and writes all but one."""
+    trained = shape.adapter(work.lora_r, work.lora_targets) or shape.weights()
+    return trained * 7 * 4 / card.bandwidth
+
+
+def decoding(shape, work, card):
+    """Weights become what is multiplied, in forward and in backward. A recomputation shares backward's.
+
+    With --offload_embed nothing is shared, because whoever gives that flag prefers memory to speed (train.build)."""
+    times = 2
+    if work.offload_embed:
+        times += work.checkpoints(shape.L) / shape.L
+    return times * shape.L * shape.block() * DECODED[work.quant, work.fp8] / card.bandwidth
+
+
+def kernels(shape, work):
+    """Of all blocks, in forward and backward."""
+    if not work.compile:
+        return shape.L * LAUNCHES_EAGER
+    if work.quant == "none" and not work.fp8:
+        return shape.L * LAUNCHES
+    return shape.L * LAUNCHES_QUANTISED
+
+
+def gaps(shape, work, card):
+    """A CPU has none."""
+    if not card.launch:
         return 0.0
-    return 2 * shape.L * shape.block() * (kept + 2) / card.bandwidth
+    return kernels(shape, work) * GAP
 
 
 def launching(shape, work, card):
     if work.cuda_graph:
         return 0.0
-    kernels = LAUNCHES if work.quant == "none" else LAUNCHES_QUANTISED
-    if not work.compile:
-        kernels = LAUNCHES_EAGER
-    return shape.L * kernels * card.launch
+    return kernels(shape, work) * card.launch
+
+
+def embedding(shape, work, card):
+    """--offload_embed: rows of the embedding come from the host, and the card waits for them."""
+    if not work.offload_embed:
+        return 0.0
+    return work.n * shape.C * work.bytes_of_a_number / card.host
 
 
 def copies(shape, work, card):

@@ -51,6 +51,8 @@ SPEED = {
     "speed/offload",
     "speed/graphs",
     "speed/memory",
+    "speed/meters",
+    "speed/rate",
 }
 BENCHMARKS = {"benchmarks/sampling_speed", "benchmarks/thousand_prompts"}
 FLOORS = [
@@ -63,6 +65,9 @@ FLOORS = [
     {"lora", "text"},
     {"data", "generate"},
     {"quality"},
+    # The plan of a run needs its flags, data and model, and sample.py needs it, too.
+    {"planner"},
+    {"fit"},
     # What a run does beside training: with it train.py would be no file for one evening.
     {"job"},
     {"train", "sample", "export", "convert", "bench"} | BENCHMARKS,
