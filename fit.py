@@ -27,7 +27,6 @@ import model as models
 import planner
 from speed import compiled, memory, meters
 
-
 # --- 1. --fit: the fastest flags that fit ---
 
 ALLOWED = ("quant", "fp8", "batch")

@@ -17,7 +17,7 @@ import data
 import model as models
 import recipes
 import train
-from files import weights
+from files import made_up, weights
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_made_up_model_is_not_made_a_second_time(root):
 
 def test_tensors_are_spread_over_shards_and_the_index_says_where(tmp_path):
     shapes = {f"w{i}": (2, 3) for i in range(7)} | {"norm": (3,)}
-    where = bench.write_weights(tmp_path, shapes, shards=3)
+    where = made_up.write_weights(tmp_path, shapes, shards=3)
     assert set(where) == set(shapes) and len(set(where.values())) == 3
     for name, file in where.items():
         with safe_open(tmp_path / file, framework="pt") as tensors:

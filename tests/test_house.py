@@ -54,10 +54,14 @@ SPEED = {
     "speed/meters",
     "speed/rate",
 }
-BENCHMARKS = {"benchmarks/sampling_speed", "benchmarks/thousand_prompts"}
+BENCHMARKS = {
+    "benchmarks/sampling_speed",
+    "benchmarks/thousand_prompts",
+    "benchmarks/plan_on_card",
+}
 FLOORS = [
     {"cli"},
-    {"files/disk", "files/hub"} | FILES | SPEED,
+    {"files/disk", "files/hub", "files/made_up"} | FILES | SPEED,
     # What near.py and rows.py do is half of what recipes.py would be with them.
     {"near", "rows"},
     # template.py prints a chat and text.py tokenises it: together they would be no file for one evening.
@@ -82,10 +86,10 @@ def allowed(room):
         return {"cli"}
     if room in FILES | SPEED:
         return {"cli", "files/disk"}
-    if room == "files/hub":
+    if room in {"files/hub", "files/made_up"}:
         return {"cli", "files/disk"} | FILES
     if room == "bench":
-        return {"cli", "files/disk", "files/hub"} | FILES
+        return {"cli", "files/disk", "files/hub", "files/made_up"} | FILES
     if room in BENCHMARKS:
         # They measure inside a process what no program prints: the third text of a model, the logits of one token.
         return ROOMS - BENCHMARKS
