@@ -73,7 +73,19 @@ def cells_of(cfg):
     return cells
 
 
-def arguments(cell, root, cache):
+def arguments(argv):
+    """-> Config"""
+    (cfg,) = cli.parse(__doc__, Config, argv=argv)
+    for shape in cfg.shapes:
+        if shape not in SHAPES:
+            raise UserError(f"--shapes {shape} is none of {', '.join(SHAPES)}.")
+    for which in cfg.cells:
+        if which not in ("main", "extra"):
+            raise UserError(f"--cells {which} is neither main nor extra.")
+    return cfg
+
+
+def words_of(cell, root, cache):
     """The command line of train.py for a setting, without the program's name."""
     shape, rows, tokens, flags = cell
     vocab = SHAPES[shape].vocab
@@ -122,7 +134,7 @@ def measure(cell, root, cache):
     torch.cuda.reset_peak_memory_stats()
     held_before = torch.cuda.memory_allocated()
     try:
-        call(arguments(cell, root, cache))
+        call(words_of(cell, root, cache))
     except UserError as e:
         return {"error": str(e)[:300]}
     summary = json.loads((root / "out" / "summary.json").read_text(encoding="utf-8"))
@@ -146,7 +158,7 @@ def planned(cell, root, cache, card):
     import train
     from recipes import Rules
 
-    sys.argv = ["train.py", *arguments(cell, root, cache)]
+    sys.argv = ["train.py", *words_of(cell, root, cache)]
     cfg, data_cfg, _ = cli.parse("", train.Config, data.Data, Rules)
     shape, rows, tokens, _ = cell
     import numpy as np
@@ -193,14 +205,14 @@ def card_of(name):
 
     if name:
         return rate.Card(**name)
-    from planner import memory
+    from speed import memory
 
     shape = memory.Shape(C=4096, F=14336, L=1, H=32, K=8, D=128, V=128256, tied=False)
     return rate.measured(torch.device("cuda"), shape, fp8=True)
 
 
 def main():
-    (cfg,) = cli.parse(__doc__, Config)
+    cfg = arguments(sys.argv[1:])
     began = time.time()
     root = ROOT / cfg.cache / "plan"
     root.mkdir(parents=True, exist_ok=True)
@@ -210,7 +222,10 @@ def main():
     card = card_of(before["card"])
     rows = []
     earlier = iter(before["rows"])
-    for cell in [tuple_of(row) for row in before["rows"]] or cells_of(cfg):
+    cells = cells_of(cfg)
+    if cfg.read:
+        cells = [tuple_of(row) for row in before["rows"]]
+    for cell in cells:
         if time.time() - began > cfg.seconds:
             say("time", f"is over before {cell}")
             break
