@@ -189,9 +189,14 @@ def account(plan):
 
 def while_loading(plan):
     """(what was done, the account) of a model that found no memory while it was loaded."""
-    saved = savings(plan, lambda one: one.peak.loading)
-    said = f"By the plan loading takes {gigabytes(plan.peak.loading)}. {helps(saved)}"
+    said = f"By the plan that takes {gigabytes(before_a_step(plan))}. {helps(savings(plan, before_a_step))}"
     return "while the model was loaded and made ready", said
+
+
+def before_a_step(plan):
+    """Bytes of loading, or of what is held when a resumed run has its optimiser's state, whichever is more."""
+    held = memory.static(plan.shape, plan.work)
+    return max(plan.peak.loading, sum(held.values()))
 
 
 def largest(parts):

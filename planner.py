@@ -106,6 +106,7 @@ class Plan:
             bytes_of_a_number=self.number,
             attn=self.attention,
             optim=self.optimizer,
+            on_gpu=self.card.is_gpu,
             document=int(self.lengths.mean()) if self.data_cfg.budget else 0,
             **same,
         )

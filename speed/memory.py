@@ -107,6 +107,7 @@ class Work:
     compile: bool = False
     cuda_graph: bool = False
     optim: str = "adamw"
+    on_gpu: bool = True  # a CPU has no cuBLAS
 
     @property
     def n(self):
@@ -116,6 +117,10 @@ class Work:
     def stream(self):
         """Bytes of a number between blocks. With --lora_r 0 the embedding is fp32, and so is what it becomes."""
         return self.bytes_of_a_number if self.lora_r else 4
+
+    @property
+    def workspace(self):
+        return WORKSPACE if self.on_gpu else 0
 
     def checkpoints(self, L):
         """How many blocks are checkpoints."""
@@ -148,7 +153,7 @@ def static(shape, work):
         parts["adapter"] = 4 * trained
     parts["gradients"] = 4 * trained
     parts["optimizer"] = trained * bytes_of_states(work.optim)
-    parts["workspace"] = WORKSPACE
+    parts["workspace"] = work.workspace
     return parts
 
 
@@ -385,7 +390,7 @@ def of_loading(shape, work):
     if work.offload_embed and not shape.tied:
         # The embedding leaves the card after it was loaded.
         one += shape.V * shape.C * work.bytes_of_a_weight
-    return sum(base(shape, work).values()) + one + WORKSPACE
+    return sum(base(shape, work).values()) + one + work.workspace
 
 
 # --- 4. host memory, and cards ---
@@ -434,5 +439,4 @@ def of_sampling(shape, work, slots):
     read = min(8192, work.rows * slots)
     parts["one block"] = read * (3 * shape.F + 4 * shape.C) * work.bytes_of_a_number
     parts["logits"] = 3 * work.rows * shape.V * 4
-    parts["workspace"] = WORKSPACE
     return parts

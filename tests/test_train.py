@@ -1010,7 +1010,7 @@ def test_out_of_memory_while_loading_is_a_sentence(base, run, tmp_path, monkeypa
     monkeypatch.setattr(weights, "read", full)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "while the model was loaded" in err and "--quant nf4 (" in err
-    assert " GB in use. By the plan loading takes " in err and "Traceback" not in err
+    assert " GB in use. By the plan that takes " in err and "Traceback" not in err
     # Checkpoints save nothing while the model is loaded.
     assert "--dtype bf16 (" in err and "--grad_ckpt" not in err.splitlines()[-1]
 
