@@ -134,11 +134,9 @@ class Work:
             return shape.weights()
         return shape.adapter(self.lora_r, self.lora_targets)
 
-    def adapted(self, *layers):
-        """How many of these layers have an adapter."""
-        if not self.lora_r:
-            return 0
-        return sum(name in (self.lora_targets or layers) for name in layers)
+    def adapted(self, layer):
+        """Whether a layer has an adapter."""
+        return self.lora_r > 0 and (not self.lora_targets or layer in self.lora_targets)
 
 
 # --- 1. what is held all the time ---
@@ -197,6 +195,10 @@ def bytes_of_states(optim):
 # --- 2. what is kept from forward to backward ---
 
 
+# The layers of a block that share an input, and so one product with their A matrices (lora.py).
+GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
 def kept_of_a_block(shape, work):
     """Bytes that the backward of a block needs of its forward, if the block is no checkpoint. A token, for 8B: 149 kB
 
@@ -211,17 +213,13 @@ def kept_of_a_block(shape, work):
     """
     if not work.lora_r:
         return kept_of_a_trained_block(shape, work)
-    inputs = shape.C * min(1, work.adapted("q_proj", "k_proj", "v_proj"))
-    inputs += shape.C * min(1, work.adapted("gate_proj", "up_proj"))
-    inputs += shape.H * shape.D * work.adapted("o_proj")
-    inputs += shape.F * work.adapted("down_proj")
-    through_A = work.lora_r * work.adapted(*shape.linears())
     size = work.bytes_of_a_number
-    numbers = inputs + through_A
+    numbers = 0
+    for ranks, inputs, _ in adapted_groups(shape, work):
+        numbers += inputs + ranks
     if work.compile:
         numbers += 2 * shape.C + 2 * shape.F
-        # A and B are cast to 16 bits for the products, and a compiled backward keeps the casts.
-        more = shape.adapter(work.lora_r, work.lora_targets) / shape.L * size
+        more = of_casts(shape, work)
     else:
         numbers += 3 * shape.F
         # RMSNorm squares in fp32, and eager mode keeps that copy.
@@ -230,6 +228,29 @@ def kept_of_a_block(shape, work):
             # The values are a view of the product that made queries, keys and values together.
             numbers += shape.H * shape.D + shape.K * shape.D
     return work.n * (numbers * size + 8) + kept_of_attention(shape, work) + more
+
+
+def adapted_groups(shape, work):
+    """[(sum of the ranks, inputs, outputs of the adapted layers)] of layers that share an input and have an adapter."""
+    linears = shape.linears()
+    found = []
+    for names in GROUPS:
+        adapted = [name for name in names if work.adapted(name)]
+        if adapted:
+            inputs, _ = linears[names[0]]
+            outputs = sum(linears[name][1] for name in adapted)
+            found.append((work.lora_r * len(adapted), inputs, outputs))
+    return found
+
+
+def of_casts(shape, work):
+    """Bytes of A and B of a block in 16 bits, which a compiled backward keeps. 8B: 3.9 MB
+
+    In a group of layers each B has the columns of all its layers (cast_adapters in lora.py)."""
+    numbers = sum(
+        ranks * (inputs + outputs) for ranks, inputs, outputs in adapted_groups(shape, work)
+    )
+    return numbers * work.bytes_of_a_number
 
 
 def kept_of_a_trained_block(shape, work):
