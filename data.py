@@ -15,7 +15,8 @@ The way of a batch, and who does the work:
 
     (plan and feed are functions of data.py)
 
-The first three lines run once. The next run with the same files and rules finds the tokens in the cache.
+The first three lines run once. The next run with the same files and rules finds the tokens in the cache. Of --model only
+the tokenizer is needed, so no weights are fetched.
 """
 
 from cli import UserError, ahead, bound, parse, run, say
@@ -590,7 +591,7 @@ def main():
     if what.to:
         write_cleaned(cfg, rules, what.to)
         return
-    folder = hub.resolve(cfg.model, disk.cache_folder(cfg.cache))
+    folder = hub.resolve(cfg.model, disk.cache_folder(cfg.cache), "tokenizer")
     if what.show:
         show(cfg, rules, folder, what.show, what.json)
         return

