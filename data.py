@@ -15,8 +15,8 @@ The way of a batch, and who does the work:
 
     (plan and feed are functions of data.py)
 
-The first three lines run once. The next run with the same files and rules finds the tokens in the cache. Of --model only
-the tokenizer is needed, so no weights are fetched.
+The first three lines run once. The next run with the same files and rules finds the tokens in the cache. Of --model
+only the tokenizer is needed, so no weights are fetched.
 """
 
 from cli import UserError, ahead, bound, parse, run, say

@@ -26,6 +26,7 @@ import quality
 import quant
 from data import Data
 from files import disk, hub, pictures, weights
+from files.board import Board
 from files.run import Facts, Run
 from speed import compiled, loss, memory, optim, precision
 
@@ -104,7 +105,7 @@ class Job:
     scale (fp16)            set_up; a resume: from facts            main, after each step
     watch                   set_up                                  the first step, then it is done
     facts                   set_up; a resume: Run.go_on             main counts steps, evaluate notes losses
-    run, title              set_up, when the folder is owned        nothing"""
+    run, title, board       set_up, when the folder is owned        nothing"""
 
     cfg: object  # train.Config
     data_cfg: Data
@@ -120,6 +121,21 @@ class Job:
     facts: Facts
     run: Run | None = None
     title: str = ""  # of the recipe that is written before and after
+    board: Board | None = None  # --tensorboard
+
+    def start_board(self):
+        """Before the first step of this process, the evaluation at step 0 of a new run included."""
+        first = 0
+        if self.cfg.resume:
+            first = self.facts.step + 1
+        self.board = Board(self.run.folder, first)
+        say("tensorboard", f"events go to {self.board.folder}")
+
+    def log(self, line, tell):
+        """Write a line of metrics.jsonl, with --tensorboard also as an event. tell(what, text) reports an error."""
+        self.run.log(line)
+        if self.board is not None:
+            self.board.add(line, tell)
 
 
 def adapter_settings(cfg):
@@ -187,7 +203,10 @@ def before_training(job):
     write_recipe(job)
     val = evaluate(job)
     job.facts.val_before = val
-    job.run.log_start(val, round(memory.peak_memory(job.device), 3))
+    peak = round(memory.peak_memory(job.device), 3)
+    job.run.log_start(val, peak)
+    if job.board is not None:
+        job.board.add({"step": 0, "val_loss": val, "peak_mem_gb": peak}, say)
     say("val_loss", f"{val:.4f} before training")
 
 

@@ -26,7 +26,7 @@ import model as models
 import quality
 import quant
 from data import Data
-from files import disk, hub, weights
+from files import board, disk, hub, weights
 from files.run import Facts, Run, Stop, check_out, refuse_other_flags, started_with
 from job import (
     Built,
@@ -80,6 +80,7 @@ class Config:
     # --- watching ---
     eval_every: int = 30               # optimiser steps between evaluations on the held-out recipes
     save_every: int = 50               # optimiser steps between saves of the adapter and the resume state
+    tensorboard: bool = False          # also write metrics for TensorBoard into --out; needs the package tensorboard
     # fmt: on
 
 
@@ -119,6 +120,8 @@ def check(cfg, data_cfg):
         )
     if cfg.offload_ckpt and not cfg.grad_ckpt:
         raise UserError("--offload_ckpt moves what --grad_ckpt keeps: add --grad_ckpt.")
+    if cfg.tensorboard:
+        board.check()
 
 
 # --- 1. the model, and every optimisation in the order in which they are applied ---
@@ -301,6 +304,8 @@ def set_up():
         if not cfg.lora_r:
             job.run.keep(base, weights.BESIDE_WEIGHTS)
         job.run.write_about(info)
+    if cfg.tensorboard:
+        job.start_board()
     return job
 
 
@@ -385,7 +390,7 @@ def main():
             if is_over or facts.step % cfg.eval_every == 0:
                 line["val_loss"] = evaluate(job)
                 bar.line("val_loss", f"{line['val_loss']:.4f} after step {facts.step}")
-            job.run.log(line)
+            job.log(line, bar.line)
             if 0 < cfg.patience <= facts.without_progress:
                 is_over = True
                 tired = f"no progress in {cfg.patience} evaluations: stopped after step"

@@ -403,3 +403,16 @@ def program(name, *args, cwd=None, check=True, timeout=300, env=None):
         f"{name} {args}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )
     return done
+
+
+def train_here(monkeypatch, capsys, *args):
+    """Run train.py in this process, without its two recipes. -> (exit code, stdout, stderr)"""
+    import job
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    monkeypatch.setattr(job, "write_recipe", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train.main)
+    said = capsys.readouterr()
+    return stop.value.code, said.out, said.err

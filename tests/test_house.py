@@ -38,6 +38,7 @@ FILES = {
     "files/model_config",
     "files/run",
     "files/pictures",
+    "files/board",
 }
 SPEED = {
     "speed/precision",

@@ -497,6 +497,14 @@ def test_eval_every_is_when_it_is_measured(runs):
     assert list(runs("--max_steps", 5, "--eval_every", 2).val_losses) == [0, 2, 4, 5]
 
 
+def test_tensorboard_writes_an_event_file(runs):
+    pytest.importorskip("tensorboard")
+    run = runs("--tensorboard", "--max_steps", 1, watch=False)
+    (events,) = (run.folder / "tensorboard").iterdir()
+    assert b"grad_norm" in events.read_bytes()
+    assert not (runs().folder / "tensorboard").exists()
+
+
 def test_save_every_is_when_the_state_is_written(runs):
     for every, times in ((2, 3), (3, 2), (50, 1)):
         run = runs("--max_steps", 5, "--save_every", every)
