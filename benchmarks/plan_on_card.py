@@ -77,10 +77,10 @@ def arguments(cell, root, cache):
     """The command line of train.py for a setting, without the program's name."""
     shape, rows, tokens, flags = cell
     vocab = SHAPES[shape].vocab
-    # A recipe's last token is a target only, so tokens + 1 make a row of `tokens`.
-    lengths = [tokens + 1] * (rows * STEPS)
+    # A recipe's end token is a target only, so as many words make a row of as many tokens.
+    lengths = [tokens] * (rows * STEPS)
     recipes = make_recipes(root / f"{rows}x{tokens}-{vocab}.jsonl", lengths, vocab)
-    held_out = make_recipes(root / f"held_out-{vocab}.jsonl", [257] * 2, vocab)
+    held_out = make_recipes(root / f"held_out-{vocab}.jsonl", [256] * 2, vocab)
     values = {
         "model": root / shape,
         "data": recipes,
