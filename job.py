@@ -76,11 +76,15 @@ class Built:
         total.backward()
         return total.detach()
 
-    def compile(self, places, recompute, decode_once, one_length):
-        """The blocks (or halves of blocks) at these places, and the chunk of the loss."""
-        compiled.apply(places, recompute, one_length)
-        if recompute and decode_once:
-            quant.decode_once(self.model)
+    def compile(self, recomputed, kept, by_compiler, decode_once, one_length):
+        """The blocks (or halves of blocks) at two lists of places, and the chunk of the loss.
+
+        recomputed: of the blocks that backward recomputes; kept: of the others
+        by_compiler: recompute by the compiler's own checkpoint; decode_once: see quant.decode_once"""
+        compiled.apply(recomputed, kept, by_compiler, one_length)
+        if decode_once:
+            for parent, name in recomputed:
+                quant.decode_once(getattr(parent, name))
         self.is_compiled = True
         if self.sum_loss is loss.chunked:
             self.sum_loss = partial(loss.chunked, chunk=compiled.compile_function(loss.one_chunk))

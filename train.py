@@ -65,7 +65,7 @@ class Config:
     attn: Literal["naive", "flash", "cudnn"] = "flash"  # attention kernel; only naive holds the score matrix
     fused_loss: bool = True            # compute the loss in chunks, so that all logits are never in memory at once
     grad_ckpt: bool = False            # keep only the input of each transformer block; recompute the rest in backward
-    ckpt_blocks: int = 0               # with --grad_ckpt: how many blocks, from the first on, are checkpoints; 0: all
+    ckpt_blocks: int = 0               # with --grad_ckpt: recompute only the first this many blocks; 0: all
     offload_ckpt: bool = False         # with --grad_ckpt: hold what it keeps for backward in pinned host memory
     offload_embed: bool = False        # keep the input embedding in host memory, to save GPU memory
     compile: bool = False              # compile the model with torch.compile: one graph for all blocks and lengths
@@ -106,6 +106,7 @@ def check(cfg, data_cfg):
         weight_decay=(0, 1),
         grad_clip=0,
         patience=0,
+        ckpt_blocks=0,
         eval_every=1,
         save_every=1,
     )
@@ -127,6 +128,10 @@ def check(cfg, data_cfg):
         )
     if cfg.offload_ckpt and not cfg.grad_ckpt:
         raise UserError("--offload_ckpt moves what --grad_ckpt keeps: add --grad_ckpt.")
+    if cfg.ckpt_blocks and not cfg.grad_ckpt:
+        raise UserError(
+            "--ckpt_blocks says how many blocks --grad_ckpt recomputes: add --grad_ckpt, or --ckpt_blocks 0."
+        )
     if cfg.tensorboard:
         board.check()
     check_plan(cfg)
@@ -188,23 +193,27 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
     # torch.utils.checkpoint keeps three tensors a block (torch 2.11, README). Offloading moves what autograd saves of a
     # compiled part, so it must see the part as a whole. With --offload_ckpt the parts are halves of blocks, so that the
     # inputs of attention and of MLP can both leave the card.
-    places = models.places(model, halves=cfg.offload_ckpt)
+    blocks = len(model.layers)
+    first = 0
+    if cfg.grad_ckpt:
+        first = checkpoint.how_many(blocks, cfg.ckpt_blocks)
+    recomputed = models.places(model, range(first), halves=cfg.offload_ckpt)
+    kept = models.places(model, range(first, blocks))
     by_compiler = False
     if cfg.compile:
         # The compiler's own checkpoint recomputes less than speed/checkpoint.py, because it sees that backward needs no
         # output of down_proj. With dropout it would draw another mask in the recomputation, so it is not used there.
-        by_compiler = cfg.grad_ckpt and not cfg.lora_dropout
+        by_compiler = not cfg.lora_dropout
         # In backward one dequantised weight serves recomputation and input gradient, and is held between the two. Not
         # with --offload_embed, because whoever gives that flag prefers memory to speed.
-        built.compile(places, by_compiler, not cfg.offload_embed, one_length=data_cfg.budget > 0)
+        once = by_compiler and not cfg.offload_embed
+        built.compile(recomputed, kept, by_compiler, once, one_length=data_cfg.budget > 0)
 
     # 6. Put checkpoints around compiled blocks. Put offloading around checkpoints, because it moves what they keep.
-    if cfg.grad_ckpt:
-        checkpoint.say_kept(len(model.layers))
-        if not by_compiler:
-            checkpoint.apply(places, random=cfg.lora_dropout > 0)
+    if not by_compiler:
+        checkpoint.apply(recomputed, random=cfg.lora_dropout > 0)
     if cfg.offload_ckpt:
-        offload.apply(places, device)
+        offload.apply(recomputed, device)
 
     # 7. Record last, because a CUDA graph replays a whole micro-batch, with everything that was put around the blocks.
     if cfg.cuda_graph:
@@ -251,7 +260,7 @@ def find_base(cfg, data_cfg):
     """The base model's folder. A model that is no Llama is refused here, before the recipes are read."""
     base = hub.resolve(data_cfg.model, disk.cache_folder(data_cfg.cache))
     check_out(cfg.out, cfg.resume, data_cfg.model, base, data_cfg.data + data_cfg.val_data)
-    models.read_config(base)
+    checkpoint.check(models.read_config(base).num_hidden_layers, cfg.ckpt_blocks)
     return base
 
 

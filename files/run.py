@@ -57,7 +57,7 @@ FREE = {
     *("out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter"),
     *("attn", "fused_loss", "compile", "cuda_graph", "grad_ckpt", "offload_ckpt", "offload_embed"),
     *("max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"),
-    "tensorboard",
+    *("tensorboard", "ckpt_blocks", "plan", "card", "fit", "allow"),
 }
 
 # What only the line of a training step can have in metrics.jsonl.

@@ -150,6 +150,7 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
         ["--no-fused_loss"],
         ["--grad_ckpt"],
         ["--grad_ckpt", "--offload_ckpt"],
+        ["--grad_ckpt", "--ckpt_blocks", 1, "--offload_ckpt"],
         ["--cuda_graph"],  # on a CPU its padding and its accumulation
         ["--cuda_graph", "--no-fused_loss"],
         ["--cuda_graph", "--batch_size", 2, "--grad_accum", 4],
@@ -158,6 +159,14 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
         pytest.param(["--compile"], marks=pytest.mark.slow),
         pytest.param(["--compile", "--grad_ckpt"], marks=pytest.mark.slow),
         pytest.param(["--compile", "--grad_ckpt", "--offload_ckpt"], marks=pytest.mark.slow),
+        pytest.param(["--compile", "--grad_ckpt", "--ckpt_blocks", 1], marks=pytest.mark.slow),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--offload_ckpt"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--cuda_graph"], marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -266,8 +275,22 @@ def test_the_loss_that_is_logged_is_transformers_loss(
         pytest.param(
             ["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt"], marks=pytest.mark.slow
         ),
+        pytest.param(
+            ["--quant", "fp8", "--fp8", "--compile", "--grad_ckpt", "--ckpt_blocks", 1],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--quant", "nf4", "--dtype", "fp16", "--compile"], marks=pytest.mark.slow),
-        pytest.param(["--compile", "--grad_ckpt", "--lora_dropout", 0.2], marks=pytest.mark.slow),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--lora_dropout", 0.2],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--lora_r", 0], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--batching", "packed"],
+            marks=pytest.mark.slow,
+        ),
         ["--allow_bad", 0.5],
     ],
     ids=str,
@@ -308,10 +331,17 @@ def test_an_embedding_in_host_memory_changes_nothing(base, run, tmp_path, untied
 
 
 @pytest.mark.parametrize(
-    "flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=str
+    "flags, wanted",
+    [
+        ([], [3, 2, 1]),
+        (["--ckpt_blocks", 1], [1]),
+        pytest.param(["--compile"], [3, 2, 1], marks=pytest.mark.slow),
+        pytest.param(["--compile", "--ckpt_blocks", 1], [1], marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_each_half_of_a_block_but_the_first_sends_its_input_away_and_back(
-    base, run, tmp_path, monkeypatch, flags
+    base, run, tmp_path, monkeypatch, flags, wanted
 ):
     seen = []
     fetch = offload.Offloader.fetch
@@ -333,7 +363,7 @@ def test_each_half_of_a_block_but_the_first_sends_its_input_away_and_back(
             *flags,
         )
     )
-    assert seen == [3, 2, 1]
+    assert seen == wanted
 
 
 def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
@@ -343,7 +373,7 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
     make_linear = quant.make_linear("none")
     model = models.load(make_model(tmp_path / "m", layers=4), make_linear=make_linear)
     lora.adapt(model, 4, 8)
-    places = models.places(model, halves=True)
+    places = models.places(model, range(4), halves=True)
     checkpoint.apply(places, random=False)
     offload.apply(places, torch.device("cpu"))
     inputs = []
@@ -358,10 +388,19 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags, blocks", [(["--grad_ckpt"], 1), (["--grad_ckpt", "--offload_ckpt"], 2), ([], 1)]
+    "flags, blocks",
+    [
+        (["--grad_ckpt"], 1),
+        (["--grad_ckpt", "--offload_ckpt"], 2),
+        ([], 1),
+        (["--grad_ckpt", "--ckpt_blocks", 1], 2),
+        (["--grad_ckpt", "--ckpt_blocks", 1, "--offload_ckpt"], 3),
+        (["--grad_ckpt", "--ckpt_blocks", 1, "--lora_dropout", 0.1], 1),
+    ],
 )
 def test_training_and_evaluation_share_the_graphs_of_a_block(base, run, tmp_path, flags, blocks):
-    """One of a block (or of each half), and one of a chunk of the loss with gradients and perhaps one without."""
+    """One of a block (or of each half) and of a block that recomputes nothing, and one of a chunk of the loss with
+    gradients and perhaps one without. Where torch.utils.checkpoint recomputes, all blocks are compiled alike."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     code, _, err = run(*base, "--out", tmp_path / "out", "--compile", *flags)
@@ -679,6 +718,9 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
         (["--fp8", "--lora_r", 0], "--lora_r 0"),
         (["--dtype", "fp16", "--lora_r", 0], "--lora_r 0"),
         (["--offload_ckpt"], "--grad_ckpt"),
+        (["--ckpt_blocks", 1], "--grad_ckpt"),
+        (["--grad_ckpt", "--ckpt_blocks", -1], "--ckpt_blocks -1"),
+        (["--grad_ckpt", "--ckpt_blocks", 3], "--ckpt_blocks 3: this model has 2 blocks"),
         (["--cuda_graph", "--lora_r", 0], "--cuda_graph"),
         (["--cuda_graph", "--lora_dropout", 0.1], "--cuda_graph"),
         (["--cuda_graph", "--grad_ckpt", "--offload_ckpt"], "--cuda_graph"),
