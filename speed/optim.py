@@ -93,6 +93,11 @@ def clip(trained, loss_scale, grad_clip):
     return nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
 
 
+def has_stepped(optimizer):
+    """Whether the optimiser ever made a step: only then it has states."""
+    return any(optimizer.state.values())
+
+
 # Optimiser steps of a run to which neither --max_steps nor --epochs is given.
 DEFAULT_STEPS = 60
 
@@ -140,7 +145,7 @@ class GradientWatch:
     Why: a LoRA that gets no gradient raises no error by itself. The run only seems to learn slowly.
     A hook on each tensor records that autograd reached it. The gradient's value cannot tell. All zeros are right for an
     A whose B is 0, for q and k of a row with one token, and in fp16 for what is too small. A nan is right for a step
-    of fp16 that overflows. Whether the numbers are any good is asked by LossScale.refuse_no_number."""
+    of fp16 that overflows. Whether the numbers are any good is asked by LossScale.judge."""
 
     def __init__(self, params):
         self.params = params

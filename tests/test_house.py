@@ -37,6 +37,7 @@ FILES = {
     "files/tokenizer",
     "files/model_config",
     "files/run",
+    "files/state",
     "files/pictures",
 }
 SPEED = {
@@ -51,7 +52,12 @@ SPEED = {
     "speed/graphs",
     "speed/memory",
 }
-BENCHMARKS = {"benchmarks/sampling_speed", "benchmarks/thousand_prompts"}
+BENCHMARKS = {
+    "benchmarks/sampling_speed",
+    "benchmarks/thousand_prompts",
+    "benchmarks/kill_and_resume",
+    "benchmarks/watch_memory",
+}
 FLOORS = [
     {"cli"},
     {"files/disk", "files/hub"} | FILES | SPEED,
@@ -67,6 +73,12 @@ FLOORS = [
     {"train", "sample", "export", "convert", "bench"} | BENCHMARKS,
 ]
 ROOMS = set().union(*FLOORS)
+# What a room may import of its own floor.
+INSIDE_A_FLOOR = {
+    "files/hub": FILES,
+    # The folder of a run, and its state: together they would be no file for one evening.
+    "files/run": {"files/state"},
+}
 PACKAGES = ("speed", "files", "benchmarks")
 
 
@@ -74,10 +86,8 @@ def allowed(room):
     """The rooms that a room may import."""
     if room == "files/disk":
         return {"cli"}
-    if room in FILES | SPEED:
-        return {"cli", "files/disk"}
-    if room == "files/hub":
-        return {"cli", "files/disk"} | FILES
+    if room in FILES | SPEED | {"files/hub"}:
+        return {"cli", "files/disk"} | INSIDE_A_FLOOR.get(room, set())
     if room == "bench":
         return {"cli", "files/disk", "files/hub"} | FILES
     if room in BENCHMARKS:
