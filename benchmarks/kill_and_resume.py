@@ -9,8 +9,10 @@ a random moment of training, into a save (as soon as a half-written file is seen
 a SIGTERM, a Ctrl-C, and two Ctrl-C of which the second falls into the save that the first one asks for.
 
 Each run is a process of its own that is forked from this one, because importing torch takes longer than a small run. In
-that process train.py's main is called as `python train.py` calls it. Only its evaluation is wrapped, to tell when it
-begins. stdout has one JSON line. Exit code 1: a state was not readable, a step is missing, or an exit code is wrong.
+that process train.py's main is called as `python train.py` calls it. Its evaluation is wrapped, to tell when it begins,
+and no recipe is written, because that takes longer than all else. stdout has one JSON line. Exit code 1: a state was
+not readable, a step is missing, or an exit code is wrong.
+
 `equal` says whether adapter, best adapter and metrics are those of the uninterrupted run, bit for bit. Where they are
 not, as on a card whose kernels add in any order, a second uninterrupted run says how much two of them differ.
 """
@@ -154,6 +156,7 @@ class Training:
 
     def train(self, how):
         """What the process does."""
+        import job
         import quality
         import train
 
@@ -166,6 +169,7 @@ class Training:
             return loss
 
         quality.held_out_loss = announced
+        job.write_recipe = lambda job: None
         sys.argv = ["train.py", *how]
         cli.run(train.main, outlives_terminal=True)
 
@@ -359,8 +363,8 @@ def measure(cfg, flags, root):
 
 def main():
     cfg, flags = arguments(sys.argv[1:])
-    # Import these once, for all the processes. AdamW imports the second one at its first step.
-    for name in ("train", "torch._dynamo"):
+    # Import these once, for all the processes. AdamW imports the second one, curve.png the third.
+    for name in ("train", "torch._dynamo", "matplotlib.figure"):
         importlib.import_module(name)
     root = Path(cfg.folder or tempfile.mkdtemp()).absolute()
     root.mkdir(parents=True, exist_ok=True)
