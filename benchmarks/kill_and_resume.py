@@ -45,7 +45,7 @@ USUAL = {
     "--warmup_steps": 2,
 }
 # What of a line of metrics.jsonl must be the same.
-ESSENCE = ("step", "loss", "lr", "grad_norm", "target_tokens", "val_loss", "bad_rows")
+ESSENCE = ["step", "loss", "lr", "grad_norm", "target_tokens", "val_loss", "bad_rows"]
 ADAPTERS = ("adapter_model.safetensors", "best/adapter_model.safetensors")
 
 

@@ -62,7 +62,7 @@ OF_A_STEP = ["loss", "lr", "grad_norm", "tokens_per_s", "padding"]
 IDENTITY = {
     "base_fingerprint": "base model",
     "base_tensors": "base model (a tensor of its)",
-    "data_fingerprint": "data",
+    "data_fingerprint": "data (or its tokenizer)",
     "data_tokens": "text of the data (or its tokenizer or chat template)",
     "dtype": "dtype of the weights",
     "arithmetic": "dtype of the arithmetic (--dtype)",
@@ -467,7 +467,10 @@ class Run:
 def facts_of(path, values):
     """Facts of {name: value}; UserError for names that this version does not have."""
     try:
-        return Facts(**values)
+        facts = Facts(**values)
+        # A state of an earlier version has no checksum, so look whether this is a step.
+        range(facts.step)
+        return facts
     except TypeError:
         raise UserError(
             f"{path} was saved by another version of this program: start without --resume."

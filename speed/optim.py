@@ -3,7 +3,8 @@ tensor, a check that gradients arrive.
 
 AdamW keeps two states a trained weight: the running means of its gradient and of the gradient's square. --optim
 adamw8bit keeps them in 8 bits (Dettmers et al. 2021): a code of one byte, and one fp32 scale (absmax) for 256 codes.
---optim paged_adamw8bit puts them where the driver can move them to host memory, for a card that is nearly full.
+--optim paged_adamw8bit puts them where the driver can move them to host memory, for a card that is nearly full. A
+resume puts them back there (files/state.py).
 
 Why: LoRA r = 16 on all linears of Llama-3-8B trains 41,943,040 weights. Their states take 336 MB in fp32 and 85 MB in
 8 bits: 2 · (1 + 4 / 256) bytes a weight in place of 8. The 250 MB saved are 3 % of a run of 8.3 GB. With --lora_r 0 the

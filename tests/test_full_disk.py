@@ -99,7 +99,7 @@ def at_step(monkeypatch, step, action):
 
 
 @pytest.fixture
-def whole(base, run, tmp_path):  # noqa: F811 (these are fixtures)
+def whole(base, run, tmp_path):  # noqa: F811 (an imported fixture)
     """(flags, the uninterrupted run)"""
     flags = [*base, "--max_steps", 9, "--eval_every", 5, "--save_every", 2]
     ok(run(*flags, "--out", tmp_path / "whole"))
@@ -119,7 +119,7 @@ MORE = [(1, 0), (1, 300_000), (3, 0), (3, 60_000), (5, 0), (8, 300_000), (9, 300
 
 
 @pytest.mark.parametrize("cases", [FULL, pytest.param(MORE, marks=pytest.mark.slow)], ids=str)
-def test_a_full_disk_ends_a_run_that_goes_on_later(run, whole, small, monkeypatch, cases):  # noqa: F811
+def test_a_full_disk_ends_a_run_that_goes_on_later(run, whole, small, monkeypatch, cases):  # noqa: F811 (an imported fixture)
     flags, uninterrupted = whole
     for number, (step, left) in enumerate(cases):
         out = small.folder / f"out{number}"
@@ -149,7 +149,7 @@ def saved_step(out):
     return state.read_state(path)[1]["facts"]["step"]
 
 
-def test_a_full_disk_at_the_end_costs_the_picture_and_no_adapter(run, whole, small, monkeypatch):  # noqa: F811
+def test_a_full_disk_at_the_end_costs_the_picture_and_no_adapter(run, whole, small, monkeypatch):  # noqa: F811 (an imported fixture)
     flags, uninterrupted = whole
     out = small.folder / "out"
     curve = pictures.curve
@@ -168,7 +168,7 @@ def test_a_full_disk_at_the_end_costs_the_picture_and_no_adapter(run, whole, sma
     is_the_same(out, uninterrupted)
 
 
-def test_metrics_that_do_not_fit_are_written_later(run, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_metrics_that_do_not_fit_are_written_later(run, whole, tmp_path, monkeypatch):  # noqa: F811 (an imported fixture)
     """metrics.jsonl takes no line of the steps 3 and 4: training goes on, and step 5 brings both."""
     flags, uninterrupted = whole
     out = tmp_path / "out"
@@ -187,7 +187,7 @@ def test_metrics_that_do_not_fit_are_written_later(run, whole, tmp_path, monkeyp
     assert [line["step"] for line in metrics(out)] == list(range(10))
 
 
-def test_a_disk_that_becomes_read_only_ends_a_run(run, whole, small, monkeypatch):  # noqa: F811
+def test_a_disk_that_becomes_read_only_ends_a_run(run, whole, small, monkeypatch):  # noqa: F811 (an imported fixture)
     flags, uninterrupted = whole
     out = small.folder / "out"
     undo = at_step(monkeypatch, 3, small.make_read_only)

@@ -965,6 +965,8 @@ def test_a_state_with_facts_of_another_version_is_refused(tmp_path):
     run = Run(tmp_path / "out", resume=False)
     with pytest.raises(UserError, match=r"state\.safetensors was saved by another version"):
         resumed(run, mood="good")
+    with pytest.raises(UserError, match=r"state\.safetensors was saved by another version"):
+        resumed(run, step="2")
 
 
 METRICS = {

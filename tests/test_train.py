@@ -702,7 +702,7 @@ def test_a_resume_with_another_base_or_heap_is_refused(base, run, tmp_path):
     heap = write_jsonl(tmp_path / "other.jsonl", made_recipes(60, seed=4))
     for flag in ("--data", "--val_data"):
         code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, flag, heap)
-        assert code == 2 and "the data is not the one" in err
+        assert code == 2 and "the data (or its tokenizer) is not the one" in err
     code, _, err = run(
         "--resume",
         "--out",
