@@ -3,7 +3,7 @@
     write_json("run.json", {...})          # write under another name, sync, rename
     write_tensors("a.safetensors", {...})
     with atomic("curve.png") as beside: figure.savefig(beside)
-    append("metrics.jsonl", b"…\\n")        # the whole line or nothing of it
+    append(file, b"…\\n")                   # the whole line or nothing of it
     with go_on_without("curve.png"): …     # a full disk costs this file only
     held = lock(folder)                    # one process owns the folder until that process ends
     fingerprint(model_folder)              # tells two models apart in a fraction of a second
@@ -97,17 +97,17 @@ def sync(path):
         os.close(number)
 
 
-def append(path, data):
-    """Append bytes to a file. Where the disk is full the file stays as it was, and OSError is raised."""
-    with open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            while data:
-                data = data[file.write(data) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.truncate(size)
-            raise
+def append(file, data):
+    """Append bytes to a file that is open without a buffer. Where the disk is full the file stays as it was, and
+    OSError is raised."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise
 
 
 @contextlib.contextmanager

@@ -246,6 +246,8 @@ class Run:
         self.out = str(folder)  # as the user wrote it
         # Tells the files of this run from those of another one. A resume has the id in run.json.
         self.id = secrets.token_hex(8)
+        # The open metrics.jsonl; None until something is logged.
+        self.metrics = None
         # Lines that metrics.jsonl did not take yet, because the disk was full.
         self.unlogged = b""
         self.saved_at = None  # the step of the last save
@@ -369,7 +371,9 @@ class Run:
         is_first = not self.unlogged
         self.unlogged += disk.json_line(line).encode() + b"\n"
         try:
-            disk.append(self.folder / "metrics.jsonl", self.unlogged)
+            if self.metrics is None:
+                self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+            disk.append(self.metrics, self.unlogged)
         except OSError as e:
             if e.errno not in cli.CANNOT_WRITE:
                 raise
@@ -399,6 +403,10 @@ class Run:
     def forget_after(self, step):
         """Drop the metrics of later steps, because a resume makes those steps again."""
         kept = [line for line in self.history() if line["step"] <= step]
+        if self.metrics is not None:
+            # Close the old file, because the rename below puts another file in its place.
+            self.metrics.close()
+            self.metrics = None
         text = "".join(disk.json_line(line) + "\n" for line in kept)
         with disk.atomic(self.folder / "metrics.jsonl") as beside:
             beside.write_text(text, encoding="utf-8")

@@ -191,8 +191,13 @@ def files_may_have(size):
 WRITERS = {
     "json": lambda path: write_json(path, {"a": "x" * 20_000}),
     "tensors": lambda path: write_tensors(path, {"a": torch.ones(5_000)}),
-    "lines": lambda path: disk.append(path, b"x" * 20_000),
+    "lines": lambda path: append_to(path, b"x" * 20_000),
 }
+
+
+def append_to(path, data):
+    with open(path, "ab", buffering=0) as file:
+        disk.append(file, data)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -10,11 +10,12 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_disk import append_to
 from test_train import base, essence, metrics, ok, run  # noqa: F401 (fixtures, and what reads a run)
 
 import train
 from files import disk, pictures, state
-from files.disk import append, write_json, write_tensors
+from files.disk import write_json, write_tensors
 
 
 def mount(*arguments):
@@ -65,7 +66,7 @@ def test_a_full_disk_leaves_each_file_as_it_was(small):
     tensors = {"a": torch.zeros(50_000)}
     write_tensors(small.folder / "a", tensors)
     write_json(small.folder / "b", [1])
-    append(small.folder / "c", b"one\n")
+    append_to(small.folder / "c", b"one\n")
     before = {name: (small.folder / name).read_bytes() for name in "abc"}
     for left in (0, 4096, 100_000, 196_608):
         small.fill(left)
@@ -74,11 +75,11 @@ def test_a_full_disk_leaves_each_file_as_it_was(small):
         with pytest.raises(OSError, match="No space left"):
             write_json(small.folder / "b", ["x" * (left + 1)])
         with pytest.raises(OSError, match="No space left"):
-            append(small.folder / "c", b"x" * (left + 5000))
+            append_to(small.folder / "c", b"x" * (left + 5000))
         small.free()
         assert {name: (small.folder / name).read_bytes() for name in "abc"} == before
         assert sorted(p.name for p in small.folder.iterdir()) == ["a", "b", "c"]
-    append(small.folder / "c", b"two\n")
+    append_to(small.folder / "c", b"two\n")
     assert (small.folder / "c").read_bytes() == b"one\ntwo\n"
 
 
@@ -172,12 +173,12 @@ def test_metrics_that_do_not_fit_are_written_later(run, whole, tmp_path, monkeyp
     """metrics.jsonl takes no line of the steps 3 and 4: training goes on, and step 5 brings both."""
     flags, uninterrupted = whole
     out = tmp_path / "out"
-    append_to = disk.append
+    append = disk.append
 
-    def full(path, data):
+    def full(file, data):
         if b'"step": 3,' in data and b'"step": 5,' not in data:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        append_to(path, data)
+            raise OSError(errno.ENOSPC, "No space left on device", file.name)
+        append(file, data)
 
     monkeypatch.setattr(disk, "append", full)
     code, _, err = run(*flags, "--out", out)
