@@ -105,8 +105,8 @@ class Graphs:
         if self.device.type != "cuda":
             loss = torch.zeros(())
             return lambda: loss.copy_(self.step(*buffers.tensors())), loss
-        # Give back what eager steps have left, because a graph has a pool of its own. While it is recorded, nothing can be
-        # given back.
+        # A graph has a pool of its own, and while it is recorded nothing can be given back. So give back now what eager
+        # steps have left.
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # thread_local: let the loader's thread make CUDA calls meanwhile, because they do not belong to the graph.
