@@ -189,6 +189,20 @@ def is_tired(job, tell):
     return True
 
 
+def evaluate_step(job, line, tell):
+    """An evaluation after a step, whose line of metrics.jsonl gets the loss. tell(what, text) says the loss.
+
+    Where memory runs out, what was trained is saved first, because an evaluation must not cost the steps before it."""
+    try:
+        line["val_loss"] = evaluate(job)
+    except (RuntimeError, MemoryError) as e:
+        if meters.is_out_of_memory(e):
+            job.log(line, tell)
+            save_all(job)
+        raise
+    tell("val_loss", f"{line['val_loss']:.4f} after step {job.facts.step}")
+
+
 def write_recipe(job):
     """One recipe of the model as it is now, on stdout."""
     model = job.built.model

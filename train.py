@@ -44,7 +44,7 @@ from job import (
     adapter_settings,
     after_training,
     before_training,
-    evaluate,
+    evaluate_step,
     give_up,
     is_tired,
     save_all,
@@ -483,8 +483,7 @@ def train(job):
 
             is_over = facts.step == facts.total
             if is_over or facts.step % cfg.eval_every == 0:
-                line["val_loss"] = evaluate(job)
-                bar.line("val_loss", f"{line['val_loss']:.4f} after step {facts.step}")
+                evaluate_step(job, line, bar.line)
                 is_over = is_over or is_tired(job, bar.line)
             job.log(line, bar.line)
             if facts.bad_in_a_row >= cfg.max_bad_steps:

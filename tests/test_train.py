@@ -68,7 +68,7 @@ def base(tiny_model, tiny_recipes, tmp_path):
 def in_a_run(monkeypatch, name, function):
     """Replace a function of job.py, which the loop of train.py calls by the name that it imported."""
     monkeypatch.setattr(jobs, name, function)
-    monkeypatch.setattr(train, name, function)
+    monkeypatch.setattr(train, name, function, raising=False)
 
 
 @pytest.fixture
@@ -445,7 +445,7 @@ def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp
 def test_a_run_in_fp16_that_stops_before_its_first_step_keeps_its_loss_scale(
     base, run, tmp_path, monkeypatch
 ):
-    evaluate = train.evaluate
+    evaluate = jobs.evaluate
 
     def signalled(job):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -700,7 +700,7 @@ def test_stopped_before_the_first_step_it_starts_over_without_a_trace(
     base, run, tmp_path, monkeypatch
 ):
     ok(run(*base, "--out", tmp_path / "whole"))
-    evaluate = train.evaluate
+    evaluate = jobs.evaluate
     in_a_run(
         monkeypatch, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), evaluate(*a))[1]
     )
@@ -1312,6 +1312,8 @@ def test_out_of_memory_in_an_evaluation_is_a_sentence(
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "out of memory while the held-out loss was measured" in err
     assert "weights hold" in err and "Traceback" not in err and len(calls) == when
+    # The steps before the evaluation are saved, so a resume begins behind them.
+    assert ("has the state after step" in err) == (when == 2)
 
 
 def test_a_tied_head_that_is_stored_and_another_is_refused(base, run, tmp_path):
@@ -1366,7 +1368,7 @@ def test_nothing_of_a_recipe_that_failed_stays_in_memory(base, run, tmp_path, mo
         # One of the list above would keep its traceback, and with it the cache.
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    evaluate = train.evaluate
+    evaluate = jobs.evaluate
 
     def watched(job):
         alive.append(sum(ref() is not None for ref in caches))
