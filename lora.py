@@ -301,12 +301,7 @@ def adapt(model, r, alpha, dropout=0.0, targets="all", rslora=False, seed=0):
 
     targets: "all", or names with commas, q_proj,v_proj say."""
     names = target_names(targets)
-    for name in names:
-        if name not in PARENT:
-            choices = ", ".join(PARENT)
-            raise UserError(
-                f"--lora_targets: {name!r} is no layer to adapt; choose among {choices} or all."
-            )
+    check_targets(names)
     model.requires_grad_(requires_grad=False)
     scale = scale_of(alpha, r, rslora)
     # Draw on the CPU, so that a seed gives the same adapter on every device.
@@ -327,6 +322,15 @@ def target_names(targets):
     if targets == "all":
         return list(PARENT)
     return [name.strip() for name in targets.split(",")]
+
+
+def check_targets(names):
+    for name in names:
+        if name not in PARENT:
+            choices = ", ".join(PARENT)
+            raise UserError(
+                f"--lora_targets: {name!r} is no layer to adapt; choose among {choices} or all."
+            )
 
 
 def scale_of(alpha, r, rslora):

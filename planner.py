@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import data
+import lora
 from files import disk
 from speed import memory, precision, rate
 
@@ -25,6 +26,8 @@ from speed import memory, precision, rate
 
 # So many recipes tell the sizes of an epoch's batches well enough.
 MOST_LENGTHS = 50_000
+# Recipes of a plan without data.
+FULL = 128
 
 
 def shape_of(config):
@@ -43,8 +46,16 @@ def shape_of(config):
 
 # The flags that memory.Work knows by the same name.
 SAME_NAME = [
-    *("lora_r", "quant", "fp8", "attn", "fused_loss", "grad_ckpt", "ckpt_blocks", "offload_ckpt"),
-    *("offload_embed", "compile", "cuda_graph", "optim"),
+    "lora_r",
+    "quant",
+    "fp8",
+    "fused_loss",
+    "grad_ckpt",
+    "ckpt_blocks",
+    "offload_ckpt",
+    "offload_embed",
+    "compile",
+    "cuda_graph",
 ]
 
 
@@ -58,14 +69,15 @@ class Plan:
     lengths: np.ndarray  # tokens of each recipe that is trained on
     steps: int
     card: rate.Card
-    size: int  # bytes of a number in --dtype
+    weight: int  # bytes of a frozen weight in --dtype
+    number: int  # bytes of a number of the arithmetic
     note: str = ""  # what was assumed
 
     @functools.cached_property
     def batches(self):
         """The micro-batches of an epoch, the largest first: [rows, tokens of a row, real tokens] each."""
         # On a GPU a padded row is a multiple of 8 tokens (data.make_step).
-        tile = 1 if self.card.name == "cpu" else data.TILE
+        tile = data.TILE if self.card.is_gpu else 1
         # A recipe's last token is a target only, never an input.
         inputs = self.lengths - 1
         sizes = []
@@ -84,16 +96,42 @@ class Plan:
     def work(self):
         """The memory.Work of the largest micro-batch."""
         rows, tokens, real = self.batches[0].tolist()
-        targets = self.cfg.lora_targets
+        same = {name: getattr(self.cfg, name) for name in SAME_NAME}
         return memory.Work(
             rows=rows,
             tokens=tokens,
             targets=real,
-            lora_targets=() if targets == "all" else tuple(targets.split(",")),
-            bytes_of_a_number=self.size,
+            lora_targets=self.targets,
+            bytes_of_a_weight=self.weight,
+            bytes_of_a_number=self.number,
+            attn=self.attention,
+            optim=self.optimizer,
+            on_gpu=self.card.is_gpu,
             document=int(self.lengths.mean()) if self.data_cfg.budget else 0,
-            **{name: getattr(self.cfg, name) for name in SAME_NAME},
+            **same,
         )
+
+    @property
+    def targets(self):
+        """The layers of --lora_targets, each once."""
+        names = lora.target_names(self.cfg.lora_targets)
+        lora.check_targets(names)
+        return tuple(name for name in lora.PARENT if name in names)
+
+    @property
+    def attention(self):
+        """The kernel of --attn, or what PyTorch takes where flash has none: for grouped heads before Ampere."""
+        grouped = self.shape.K < self.shape.H
+        if self.cfg.attn != "naive" and grouped and not self.card.flash:
+            return "math"
+        return self.cfg.attn
+
+    @property
+    def optimizer(self):
+        """Only a GPU has paged states."""
+        if self.cfg.optim == "paged_adamw8bit" and not self.card.is_gpu:
+            return "adamw8bit"
+        return self.cfg.optim
 
     @functools.cached_property
     def peak(self):
@@ -125,13 +163,17 @@ class Plan:
 
     def changed(self, flags):
         """The same run with other flags. flags {name: value}: of Config, and batch_size of Data"""
-        of_data = {
-            name: value for name, value in flags.items() if name in ("batch_size", "batch_tokens")
-        }
-        of_cfg = {name: value for name, value in flags.items() if name not in of_data}
-        size = precision.DTYPES[of_cfg["dtype"]].itemsize if "dtype" in of_cfg else self.size
+        of_data = {name: flags[name] for name in flags if name in ("batch_size", "batch_tokens")}
+        of_cfg = {name: flags[name] for name in flags if name not in of_data}
         cfg = replace(self.cfg, **of_cfg)
-        return replace(self, cfg=cfg, data_cfg=replace(self.data_cfg, **of_data), size=size)
+        changed = replace(self, cfg=cfg, data_cfg=replace(self.data_cfg, **of_data))
+        if "dtype" in of_cfg:
+            weight, number = sizes_of(cfg, self.card)
+            changed = replace(changed, weight=weight, number=number)
+        if not of_data and cfg.grad_accum == self.cfg.grad_accum:
+            # The batches stay, and to plan them takes longer than all else.
+            vars(changed)["batches"] = self.batches
+        return changed
 
 
 def of_run(config, cfg, data_cfg, lengths, steps, card):
@@ -144,17 +186,20 @@ def of_run(config, cfg, data_cfg, lengths, steps, card):
     if len(lengths) > MOST_LENGTHS:
         some = lengths[:: len(lengths) // MOST_LENGTHS]
         lengths = np.append(some, lengths.max())
-    size = bytes_of_dtype(cfg, card)
-    return Plan(shape, cfg, data_cfg, lengths, steps, card, size, note)
+    weight, number = sizes_of(cfg, card)
+    return Plan(shape, cfg, data_cfg, lengths, steps, card, weight, number, note)
 
 
 def full_length(data_cfg, grad_accum):
-    """Lengths for a plan without data: as many recipes as a step has, each --max_len long."""
+    """Lengths for a plan without data: recipes of whole steps, each --max_len long, at least FULL of them.
+
+    So many rows are there for the largest batch that --fit tries."""
     rows = data_cfg.batch_size
     tokens = data_cfg.budget or data_cfg.batch_tokens
     if tokens:
         rows = max(1, tokens // data_cfg.max_len)
-    return np.full(rows * grad_accum, data_cfg.max_len, dtype=np.int64)
+    step = rows * grad_accum
+    return np.full(step * -(-FULL // step), data_cfg.max_len, dtype=np.int64)
 
 
 def card_of(name, device, config, fp8):
@@ -168,14 +213,13 @@ def card_of(name, device, config, fp8):
     return found
 
 
-def bytes_of_dtype(cfg, card):
-    """Bytes of a number of --dtype. Every GPU has 16-bit arithmetic; a CPU may not."""
-    if cfg.dtype != "auto":
-        return precision.DTYPES[cfg.dtype].itemsize
-    if card.name != "cpu":
-        return 2
-    kept, _, _ = precision.pick_dtype("auto", torch.device("cpu"))
-    return kept.itemsize
+def sizes_of(cfg, card):
+    """Bytes of a frozen weight, and of a number of the arithmetic. Every GPU works in 16 bits; a CPU may not."""
+    if card.is_gpu:
+        size = 4 if cfg.dtype == "fp32" else 2
+        return size, size
+    kept, compute, _ = precision.pick_dtype(cfg.dtype, torch.device(card.device), not cfg.lora_r)
+    return kept.itemsize, compute.itemsize
 
 
 # --- 2. --plan ---
@@ -194,11 +238,16 @@ MEANS = {
     "loss chunk": "logits and their gradient",
     "norm in fp32": "backward of the last norm",
     "one block": "a block recomputed, and its backward",
+    "scores": "attention at work",
 }
 
 
 def show(plan):
     """The table to stderr, the JSON line to stdout."""
+    if plan.cfg.fp8 and plan.card.is_gpu and not plan.card.fp8:
+        raise UserError(
+            f"--fp8: {plan.card.name} multiplies no 8-bit floats, or none of these sizes; drop --fp8."
+        )
     at = plan.peak
     for line in table(plan, at):
         print(line, file=sys.stderr)

@@ -84,7 +84,19 @@ def cells_of(cfg):
     return cells
 
 
-def arguments(cell, root, cache, steps=STEPS):
+def arguments(argv):
+    """-> Config"""
+    (cfg,) = cli.parse(__doc__, Config, argv=argv)
+    for shape in cfg.shapes:
+        if shape not in SHAPES:
+            raise UserError(f"--shapes {shape} is none of {', '.join(SHAPES)}.")
+    for which in cfg.cells:
+        if which not in ("main", "extra"):
+            raise UserError(f"--cells {which} is neither main nor extra.")
+    return cfg
+
+
+def words_of(cell, root, cache, steps=STEPS):
     """The command line of train.py for a setting, without the program's name."""
     shape, rows, tokens, flags = cell
     vocab = SHAPES[shape].vocab
@@ -149,7 +161,7 @@ def compile_only(cfg, root):
         if not link.exists():
             link.symlink_to(root / shape)
         with contextlib.suppress(UserError):
-            call(arguments((shape, 2, 2048, flags), own, cfg.cache, steps=2))
+            call(words_of((shape, 2, 2048, flags), own, cfg.cache, steps=2))
 
 
 def measure(cell, root, cache):
@@ -162,7 +174,7 @@ def measure(cell, root, cache):
     torch.cuda.reset_peak_memory_stats()
     held_before = torch.cuda.memory_allocated()
     try:
-        call(arguments(cell, root, cache))
+        call(words_of(cell, root, cache))
     except UserError as e:
         return {"error": str(e)[:300]}
     summary = json.loads((root / "out" / "summary.json").read_text(encoding="utf-8"))
@@ -186,7 +198,7 @@ def plan_of(cell, root, cache, card):
     from recipes import Rules
 
     shape, rows, tokens, _ = cell
-    argv = arguments(cell, root, cache)
+    argv = words_of(cell, root, cache)
     cfg, data_cfg, _ = cli.parse("", train.Config, data.Data, Rules, argv=argv)
     config = model.read_config(made(root, shape))
     lengths = np.full(rows * STEPS, tokens + 1)
@@ -282,7 +294,7 @@ def card_of(before):
 
     if before:
         return rate.Card(**before)
-    from planner import memory
+    from speed import memory
 
     shape = memory.Shape(C=4096, F=14336, L=1, H=32, K=8, D=128, V=128256, tied=False)
     return rate.measured(torch.device("cuda"), shape, fp8=True)
@@ -338,7 +350,7 @@ def show_cells(cfg, root):
 
 
 def main():
-    (cfg,) = cli.parse(__doc__, Config)
+    cfg = arguments(sys.argv[1:])
     root = ROOT / cfg.cache / "plan"
     root.mkdir(parents=True, exist_ok=True)
     if cfg.compile_only:

@@ -3,14 +3,16 @@
     at = peak(Shape of the model, Work of the run)    # at.parts {name: bytes}, at.moment, at.bytes
 
 What is held all the time is static: weights, adapter, gradients, optimiser. The rest comes and goes in a step, so the
-peak is the largest of three moments:
+peak is the largest of some moments:
 
     forward …  loss          every block has kept what its backward needs; the loss holds a chunk of logits
                last norm     the same is kept, and the backward of the last norm works in fp32
                block         a block that is a checkpoint is recomputed, and its backward runs (--grad_ckpt)
+               attention     the last block's attention works on its scores (only where scores are held)
 
 Names: C hidden size, F width of the MLP, L blocks, H and K heads of queries and of keys, D head size, V vocabulary.
-n are the tokens of a micro-batch, padding included. An activation has 2 bytes a number (fp32: 4).
+n are the tokens of a micro-batch, padding included. An activation has 2 bytes a number (fp32: 4). Biases are left out:
+they are less than 0.1 % of a model that has them.
 
 Llama-3-8B, 32 x 256 tokens: in NF4 with --compile --grad_ckpt the sum is 10.9 GB, in bf16 without checkpoints 56.4.
 Measured on an H100: 10.96 and 56.55. results/plan.json compares 40 runs, README.md sums them up.
@@ -19,6 +21,7 @@ Cost: the formulas follow the code of model.py, lora.py and quant.py, and must c
 Proof: tests/test_memory.py, against tensors that are really held and sums by hand.
 """
 
+import math
 from dataclasses import dataclass
 
 # What cuBLAS holds to work in, as measured on an H100. The one number here that is measured and not derived.
@@ -53,6 +56,10 @@ class Shape:
             "down_proj": (self.F, self.C),
         }
 
+    def outputs(self):
+        """Rows of all weights of one block."""
+        return sum(outputs for _, outputs in self.linears().values())
+
     def block(self):
         """Weights of the linears of one block."""
         return sum(inputs * outputs for inputs, outputs in self.linears().values())
@@ -86,7 +93,10 @@ class Work:
     lora_targets: tuple = ()  # none: all seven linears
     quant: str = "none"
     fp8: bool = False
-    bytes_of_a_number: int = 2  # of weights that are not quantised, and of activations
+    bytes_of_a_weight: int = 2  # of a frozen weight that is not quantised
+    bytes_of_a_number: int = (
+        2  # of an activation; on a CPU without bf16 4, whatever its weights have
+    )
     attn: str = "flash"
     document: int = 0  # tokens that attention spans in a packed row; 0: the whole row
     fused_loss: bool = True
@@ -97,16 +107,36 @@ class Work:
     compile: bool = False
     cuda_graph: bool = False
     optim: str = "adamw"
+    on_gpu: bool = True  # a CPU has no cuBLAS
 
     @property
     def n(self):
         return self.rows * self.tokens
 
+    @property
+    def stream(self):
+        """Bytes of a number between blocks. With --lora_r 0 the embedding is fp32, and so is what it becomes."""
+        return self.bytes_of_a_number if self.lora_r else 4
+
+    @property
+    def workspace(self):
+        return WORKSPACE if self.on_gpu else 0
+
     def checkpoints(self, L):
         """How many blocks are checkpoints."""
         if not self.grad_ckpt:
             return 0
-        return self.ckpt_blocks or L
+        return min(self.ckpt_blocks or L, L)
+
+    def trained(self, shape):
+        """How many weights are trained."""
+        if not self.lora_r:
+            return shape.weights()
+        return shape.adapter(self.lora_r, self.lora_targets)
+
+    def adapted(self, layer):
+        """Whether a layer has an adapter."""
+        return self.lora_r > 0 and (not self.lora_targets or layer in self.lora_targets)
 
 
 # --- 1. what is held all the time ---
@@ -114,46 +144,59 @@ class Work:
 
 def static(shape, work):
     """{part: bytes} of all that is held from the first step to the last."""
-    trained = shape.adapter(work.lora_r, work.lora_targets) or shape.weights()
+    trained = work.trained(shape)
     parts = base(shape, work)
     if work.lora_r:
         # fp32, so that small steps are not rounded away (speed/precision.py).
         parts["adapter"] = 4 * trained
     parts["gradients"] = 4 * trained
     parts["optimizer"] = trained * bytes_of_states(work.optim)
-    parts["workspace"] = WORKSPACE
+    parts["workspace"] = work.workspace
     return parts
 
 
 def base(shape, work):
     """{part: bytes} of the model as it is kept. 8B in NF4: 3.49 + 0.11 + 2.10 GB, in bf16 13.96 + 2.10."""
-    linears = shape.L * shape.block()
     # With --lora_r 0 all weights are trained, so they are fp32.
-    each = work.bytes_of_a_number if work.lora_r else 4
+    each = work.bytes_of_a_weight if work.lora_r else 4
     vocabulary = shape.vocabulary()
     if work.offload_embed and not shape.tied:
         vocabulary -= shape.V * shape.C
-    parts = {"base": linears * each, "embedding and head": (vocabulary + shape.norms()) * each}
+    bytes_of_codes = {"none": each, "nf4": 1 / 2, "fp8": 1}
+    return {
+        "base": shape.L * shape.block() * bytes_of_codes[work.quant],
+        "quant constants": shape.L * of_scales(shape, work),
+        "embedding and head": (vocabulary + shape.norms()) * each,
+    }
+
+
+def of_scales(shape, work):
+    """Bytes of what a block's codes are multiplied with."""
+    total = 0
     if work.quant == "nf4":
-        # 4 bits a weight; an absmax of one byte for 64 weights, and one of 4 bytes for 256 of these (quant.py).
-        parts["base"] = linears / 2
-        parts["quant constants"] = linears / 64 + linears / 64 / 256 * 4
-    if work.quant == "fp8":
-        # A byte a weight; a scale of 4 bytes a row.
-        rows = sum(outputs for _, outputs in shape.linears().values())
-        parts["base"] = linears
-        parts["quant constants"] = shape.L * rows * 4
-    return parts
+        # For 64 weights an absmax of one byte, for 256 of these a number of 4 bytes, and one a layer (quant.py).
+        for inputs, outputs in shape.linears().values():
+            absmax = inputs * outputs // 64
+            total += absmax + math.ceil(absmax / 256) * 4 + 4
+    if work.quant == "fp8" or work.fp8:
+        # A scale of 4 bytes a row.
+        total += shape.outputs() * 4
+    return total
 
 
 def bytes_of_states(optim):
-    """Of AdamW, a trained weight: two fp32 numbers; or two codes of a byte, with an fp32 scale for 256 of them."""
-    if optim == "adamw":
-        return 8
-    return 2 * (1 + 4 / 256)
+    """Of AdamW, a trained weight: two fp32 numbers; or two codes of a byte, with an fp32 scale for 256 of them.
+
+    Paged codes lie in memory that the driver moves, so torch counts their scales alone."""
+    scales = 2 * 4 / 256
+    return {"adamw": 8, "adamw8bit": 2 + scales, "paged_adamw8bit": scales}[optim]
 
 
 # --- 2. what is kept from forward to backward ---
+
+
+# The layers of a block that share an input, and so one product with their A matrices (lora.py).
+GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 def kept_of_a_block(shape, work):
@@ -164,35 +207,99 @@ def kept_of_a_block(shape, work):
     queries, attention's result, and that again as rows                3HD             3HD
     keys, values                                                       2KD             2KD
     gate, up, silu(gate) * up; eager: silu(gate), too                  3F              4F
-    a number for each head (fp32); x · A of each layer                 4H bytes, 7r    the same
+    a number for each head and each norm (fp32); x · A of each layer   4H + 8 bytes, 7r
+
+    A matrix A needs the input of its layer. So where --lora_targets leaves out all layers of an input, it is not kept.
     """
-    n = work.n
+    if not work.lora_r:
+        return kept_of_a_trained_block(shape, work)
     size = work.bytes_of_a_number
-    attention = 3 * shape.H * shape.D + 2 * shape.K * shape.D
-    adapter = 7 * work.lora_r
+    numbers = 0
+    for ranks, inputs, _ in adapted_groups(shape, work):
+        numbers += inputs + ranks
     if work.compile:
-        numbers = 4 * shape.C + attention + 3 * shape.F + adapter
-        total = n * numbers * size
+        numbers += 2 * shape.C + 2 * shape.F
+        more = of_casts(shape, work)
     else:
-        numbers = 2 * shape.C + attention + 4 * shape.F + adapter
+        numbers += 3 * shape.F
         # RMSNorm squares in fp32, and eager mode keeps that copy.
-        total = n * (numbers * size + 2 * shape.C * 4)
-    total += n * shape.H * 4
-    # A and B are cast to 16 bits for the products, and backward needs these casts.
-    total += shape.adapter(work.lora_r, work.lora_targets) / shape.L * size
-    return total + scores(shape, work)
+        more = work.n * 2 * shape.C * 4
+        if work.fp8:
+            # The values are a view of the product that made queries, keys and values together.
+            numbers += shape.H * shape.D + shape.K * shape.D
+    return work.n * (numbers * size + 8) + kept_of_attention(shape, work) + more
 
 
-def scores(shape, work):
-    """Bytes of attention's scores and their softmax, [B, H, T, T] each. flash and cudnn hold none."""
-    if work.attn != "naive":
+def adapted_groups(shape, work):
+    """[(sum of the ranks, inputs, outputs of the adapted layers)] of layers that share an input and have an adapter."""
+    linears = shape.linears()
+    found = []
+    for names in GROUPS:
+        adapted = [name for name in names if work.adapted(name)]
+        if adapted:
+            inputs, _ = linears[names[0]]
+            outputs = sum(linears[name][1] for name in adapted)
+            found.append((work.lora_r * len(adapted), inputs, outputs))
+    return found
+
+
+def of_casts(shape, work):
+    """Bytes of A and B of a block in 16 bits, which a compiled backward keeps. 8B: 3.9 MB
+
+    In a group of layers each B has the columns of all its layers (cast_adapters in lora.py)."""
+    numbers = sum(
+        ranks * (inputs + outputs) for ranks, inputs, outputs in adapted_groups(shape, work)
+    )
+    return numbers * work.bytes_of_a_number
+
+
+def kept_of_a_trained_block(shape, work):
+    """The same with --lora_r 0, where the stream is fp32. A weight's gradient needs the input of each layer.
+
+    In 16 bits autocast casts the weights, and for each layer its input; backward needs all these casts."""
+    size = work.bytes_of_a_number
+    # Of each norm: its input, and that divided by its length.
+    stream = 4 * shape.C * 4
+    if size == 4:
+        stream += 2 * shape.C * 4
+        casts = 0
+    else:
+        stream += 5 * shape.C * size
+        casts = shape.block() * size
+    numbers = shape.H * shape.D + 4 * shape.F
+    return work.n * (numbers * size + stream + 8) + kept_of_attention(shape, work) + casts
+
+
+def kept_of_attention(shape, work):
+    """Bytes of queries, keys, values and, unless scores are held, of the result and a number for each head (fp32)."""
+    rows = shape.H * shape.D
+    if work.attn not in HOLDS_SCORES:
+        numbers = 2 * rows + 2 * shape.K * shape.D
+        return work.n * (numbers * work.bytes_of_a_number + shape.H * 4)
+    # Keys and values are repeated for all heads. The softmax of the scores is kept, and naive's mask of all pairs.
+    mask = work.tokens**2 if work.attn == "naive" else 0
+    return 3 * work.n * rows * size_of_scores(work) + of_scores(shape, work) + mask
+
+
+# The kernels that hold the scores. PyTorch takes "math" where flash has no kernel, and works in fp32 there.
+HOLDS_SCORES = ["naive", "math"]
+
+
+def size_of_scores(work):
+    """Bytes of a score."""
+    return 4 if work.attn == "math" else work.bytes_of_a_number
+
+
+def of_scores(shape, work):
+    """Bytes of attention's scores in a block, [B, H, T, T]; 0 where they are not held."""
+    if work.attn not in HOLDS_SCORES:
         return 0
-    return 2 * work.rows * shape.H * work.tokens**2 * work.bytes_of_a_number
+    return work.rows * shape.H * work.tokens**2 * size_of_scores(work)
 
 
 def kept_of_a_checkpoint(shape, work):
     """Bytes of the input of a block, [B, T, C], which is all that a checkpoint keeps. A token, for 8B: 8 kB"""
-    return work.n * shape.C * work.bytes_of_a_number
+    return work.n * shape.C * work.stream
 
 
 def kept(shape, work):
@@ -204,12 +311,12 @@ def kept(shape, work):
     return {
         "kept for backward": (shape.L - checkpoints) * kept_of_a_block(shape, work),
         "checkpoints": on_card * x,
-        # The last block's output, that output normed, and the embedding, which autograd holds as the first input.
-        "last norm": 3 * x,
+        # The last block's output in fp32, and that output normed. The embedding is the input of the first block.
+        "last norm": work.n * shape.C * 4 + x,
     }
 
 
-# --- 3. what the three moments hold beside that ---
+# --- 3. what the moments hold beside that ---
 
 
 def of_loss(shape, work):
@@ -221,7 +328,7 @@ def of_loss(shape, work):
         # Logits in 16 bits and in fp32, their log-softmax, and both gradients.
         return work.targets * shape.V * (2 * size + 3 * 4)
     rows = min(work.targets, max(1, CHUNK // shape.V // 64 * 64))
-    h = work.targets * shape.C * size
+    h = work.targets * shape.C * work.stream
     chunk = rows * shape.V * (4 + size)
     if not work.lora_r:
         # The head's gradient in fp32, and a chunk's share of it in 16 bits and in fp32.
@@ -257,15 +364,16 @@ def of_recomputed_block(shape, work):
     if not work.compile:
         # Eager mode keeps what a block without a checkpoint keeps, and works on two more tensors [n, F].
         of_forward = kept_of_a_block(shape, work)
-        return of_forward + work.n * 3 * shape.F * size + shape.F * shape.C * size
-    return work.n * (wide + narrow) * size + weights + scores(shape, work)
+        at_work = work.n * 3 * shape.F * size + shape.F * shape.C * size
+        return of_forward + at_work + 2 * of_scores(shape, work)
+    return work.n * (wide + narrow) * size + weights + 3 * of_scores(shape, work)
 
 
 @dataclass(frozen=True)
 class Peak:
-    moment: str  # loss, last norm or block
+    moment: str  # loss, last norm, block or attention
     parts: dict  # {part: bytes} at that moment
-    moments: dict  # {moment: bytes} of all three
+    moments: dict  # {moment: bytes} of all
     loading: float  # bytes while the model is loaded
 
     @property
@@ -287,6 +395,8 @@ def peak(shape, work):
         moments["block"] = (
             always | only_checkpoints | {"one block": of_recomputed_block(shape, work)}
         )
+    if of_scores(shape, work):
+        moments["attention"] = always | at_the_end | {"scores": 2 * of_scores(shape, work)}
     sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
     most = max(sums, key=sums.get)
     return Peak(most, moments[most], sums, of_loading(shape, work))
@@ -295,12 +405,13 @@ def peak(shape, work):
 def of_loading(shape, work):
     """Bytes while the model streams off the disk: all of it, and one tensor in 16 bits that is being quantised."""
     largest = max(inputs * outputs for inputs, outputs in shape.linears().values())
-    one = largest * work.bytes_of_a_number if work.quant != "none" else 0
-    parts = base(shape, work)
+    one = 0
+    if work.quant != "none":
+        one = largest * work.bytes_of_a_weight
     if work.offload_embed and not shape.tied:
         # The embedding leaves the card after it was loaded.
-        one += shape.V * shape.C * work.bytes_of_a_number
-    return sum(parts.values()) + one + WORKSPACE
+        one += shape.V * shape.C * work.bytes_of_a_weight
+    return sum(base(shape, work).values()) + one + work.workspace
 
 
 # --- 4. host memory, and cards ---
@@ -313,19 +424,24 @@ def of_host(shape, work):
     x = kept_of_a_checkpoint(shape, work)
     parts = {"python and torch": 2.9e9}
     if work.offload_embed and not shape.tied:
-        parts["embedding"] = shape.V * shape.C * work.bytes_of_a_number
+        parts["embedding"] = shape.V * shape.C * work.bytes_of_a_weight
     if work.offload_ckpt:
         # Checkpoints are halves of blocks, so a block has two inputs; the first one stays on the card.
         parts["checkpoints"] = (2 * work.checkpoints(shape.L) - 1) * x
+    if work.optim == "paged_adamw8bit":
+        parts["paged states"] = 2 * work.trained(shape)
     return parts
+
+
+FIXED = ["base", "quant constants", "embedding and head", "adapter", "gradients", "optimizer"]
 
 
 def needed(at, context):
     """Bytes of a card that a run needs: the peak, CUDA's context (bytes), and what torch's allocator cannot use.
 
     The allocator hands out memory in blocks, and between blocks some stays free: up to 4 % of what comes and goes."""
-    fixed = ("base", "quant constants", "embedding and head", "adapter", "gradients", "optimizer")
-    comes_and_goes = at.bytes - sum(at.parts.get(name, 0) for name in fixed)
+    fixed = sum(at.parts.get(name, 0) for name in FIXED)
+    comes_and_goes = at.bytes - fixed
     return max(at.bytes + 0.04 * comes_and_goes, at.loading) + context
 
 
@@ -344,5 +460,4 @@ def of_sampling(shape, work, slots):
     read = min(8192, work.rows * slots)
     parts["one block"] = read * (3 * shape.F + 4 * shape.C) * work.bytes_of_a_number
     parts["logits"] = 3 * work.rows * shape.V * 4
-    parts["workspace"] = WORKSPACE
     return parts

@@ -77,7 +77,7 @@ NO_MEMORY = re.compile(
 def is_out_of_memory(error):
     """Whether an allocation failed. Of a plain RuntimeError only the message tells.
 
-    Proof: tests/test_memory.py: test_an_allocation_that_really_fails_is_a_sentence."""
+    Proof: tests/test_meters.py: test_an_allocation_that_really_fails_is_a_sentence."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return NO_MEMORY.search(str(error)) is not None

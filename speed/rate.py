@@ -21,6 +21,7 @@ Llama-3-8B, 32 x 256 tokens, bf16 without checkpoints on an H100: 351 ms product
 Proof: tests/test_rate.py, by hand. results/plan.json compares 40 measured runs.
 """
 
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -42,41 +43,59 @@ class Card:
     host: float = 25e9
     launch: float = 20e-6
     context: float = 0.55e9  # bytes that CUDA takes before the first tensor, as measured on an H100
+    device: str = "cuda"  # cuda, mps or cpu
+    flash: bool = True  # whether attention of grouped heads holds no scores, as from Ampere on
+
+    @property
+    def is_gpu(self):
+        return self.device == "cuda"
 
 
 # Of what a data sheet promises, the share that large products reach: 707 of 989 TFLOP/s on an H100.
 REACHED = 0.72
+# The same for the bandwidth.
+BANDWIDTH = 0.9
+
+# {card: [GB, dense TFLOP/s in 16 bits, in 8 bits, GB a second]}, from the data sheets. The first three multiply in
+# fp16, all others in bf16. GB are 10⁹ bytes, as sold; a card has a little more.
+SHEETS = {
+    "T4": [16, 65, 0, 320],
+    "V100": [16, 125, 0, 900],
+    "P100": [16, 19, 0, 732],
+    "RTX3060": [12, 51, 0, 360],
+    "RTX3090": [24, 71, 0, 936],
+    "RTX4060Ti": [16, 88, 176, 288],
+    "RTX4090": [24, 165, 330, 1008],
+    "RTX5090": [32, 209, 419, 1792],
+    "A10": [24, 125, 0, 600],
+    "A10G": [24, 70, 0, 600],
+    "L4": [24, 121, 242, 300],
+    "L40S": [48, 362, 733, 864],
+    "A6000": [48, 155, 0, 768],
+    "A100-40GB": [40, 312, 0, 1555],
+    "A100": [80, 312, 0, 2039],
+    "H100": [80, 989, 1979, 3350],
+    "H200": [141, 989, 1979, 4800],
+    "B200": [180, 2250, 4500, 8000],
+}
+BEFORE_AMPERE = ["T4", "V100", "P100"]
 
 
-def card(name, gigabytes, bf16, fp8, bandwidth):
-    """A Card of the numbers of its data sheet: GB, dense TFLOP/s in 16 and in 8 bits, GB a second."""
+def sold(name):
+    """The Card of a data sheet. name: a key of SHEETS"""
+    gigabytes, *teraflops, bandwidth = SHEETS[name]
+    bf16, fp8 = teraflops
     return Card(
-        name, gigabytes * 1e9, bf16 * 1e12 * REACHED, fp8 * 1e12 * REACHED, bandwidth * 0.9e9
+        name=name,
+        memory=gigabytes * 1e9,
+        bf16=bf16 * 1e12 * REACHED,
+        fp8=fp8 * 1e12 * REACHED,
+        bandwidth=bandwidth * 1e9 * BANDWIDTH,
+        flash=name not in BEFORE_AMPERE,
     )
 
 
-# V100 and T4 multiply in fp16. GB are 10⁹ bytes, as sold; a card has a little more.
-SHEETS = [
-    card("T4", 16, 65, 0, 320),
-    card("V100", 16, 125, 0, 900),
-    card("P100", 16, 19, 0, 732),
-    card("RTX3060", 12, 51, 0, 360),
-    card("RTX3090", 24, 71, 0, 936),
-    card("RTX4060Ti", 16, 88, 176, 288),
-    card("RTX4090", 24, 165, 330, 1008),
-    card("RTX5090", 32, 209, 419, 1792),
-    card("A10", 24, 125, 0, 600),
-    card("A10G", 24, 70, 0, 600),
-    card("L4", 24, 121, 242, 300),
-    card("L40S", 48, 362, 733, 864),
-    card("A6000", 48, 155, 0, 768),
-    card("A100-40GB", 40, 312, 0, 1555),
-    card("A100", 80, 312, 0, 2039),
-    card("H100", 80, 989, 1979, 3350),
-    card("H200", 141, 989, 1979, 4800),
-    card("B200", 180, 2250, 4500, 8000),
-]
-CARDS = {sheet.name.lower(): sheet for sheet in SHEETS}
+CARDS = {name.lower(): sold(name) for name in SHEETS}
 
 # Memory that cards are sold with, for the table of what fits.
 SIZES = [8, 16, 24, 40, 80]  # GB
@@ -91,15 +110,18 @@ def measured(device, shape, fp8):
     sizes = [256, 512, 1024]
     if device.type == "cuda":
         sizes = [8192, shape.C, shape.F]
-    x = torch.randn(sizes[0], sizes[1], device=device, dtype=dtype)
-    W = torch.randn(sizes[1], sizes[2], device=device, dtype=dtype)
-    operations = 2 * sizes[0] * sizes[1] * sizes[2]
+    rows, inputs, outputs = sizes
+    x = torch.randn(rows, inputs, device=device, dtype=dtype)
+    W = torch.randn(inputs, outputs, device=device, dtype=dtype)
+    operations = 2 * rows * inputs * outputs
     found = Card(
         name=name_of(device),
         memory=memory_of(device),
         bf16=operations / seconds_of(lambda: x @ W, device),
         fp8=0.0,
         bandwidth=copy_rate(device),
+        device=device.type,
+        flash=has_flash(device),
     )
     if device.type != "cuda":
         # Python and torch have about as much in use before a model is there.
@@ -107,7 +129,7 @@ def measured(device, shape, fp8):
     # A compiled block spends about twice as long on a kernel as a plain call does, because its sizes are checked.
     small = torch.zeros(1, device=device)
     found = replace(found, launch=2 * seconds_of(lambda: small.add_(1), device))
-    if not fp8:
+    if not fp8 or not has_fp8(device, inputs, outputs):
         return found
     return replace(found, fp8=operations / seconds_of(product_in_fp8(x, W), device))
 
@@ -136,7 +158,27 @@ def copy_rate(device):
 
 def unmeasured(device):
     """A Card of this device for a plan of memory alone."""
-    return Card(name_of(device), memory_of(device), bf16=1, fp8=0, bandwidth=1)
+    return Card(
+        name=name_of(device),
+        memory=memory_of(device),
+        bf16=1,
+        fp8=0,
+        bandwidth=1,
+        device=device.type,
+        flash=has_flash(device),
+    )
+
+
+def has_flash(device):
+    """Whether attention of grouped heads holds no scores there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def has_fp8(device, inputs, outputs):
+    """Whether products of these sizes run in fp8 there: from compute capability 8.9 on, in multiples of 16."""
+    if device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9):
+        return False
+    return inputs % 16 == 0 and outputs % 16 == 0
 
 
 def seconds_of(call, device, at_least=0.15):
@@ -166,8 +208,6 @@ def memory_of(device):
     """Bytes of the card, or of the host for a device without memory of its own."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    import os
-
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
@@ -200,8 +240,9 @@ DECODED = {
 
 def step_seconds(shape, work, card):
     """Seconds of forward and backward of one micro-batch."""
-    parts = (products, attention, the_rest, decoding, gaps, embedding)
-    on_card = sum(part(shape, work, card) for part in parts)
+    on_card = 0.0
+    for part in [products, attention, the_rest, decoding, gaps, embedding]:
+        on_card += part(shape, work, card)
     return max(on_card, launching(shape, work, card), copies(shape, work, card))
 
 
@@ -247,7 +288,7 @@ def the_rest(shape, work, card):
 
 def updating(shape, work, card):
     """Seconds of the optimiser's step: AdamW reads a weight, its gradient and two states, and writes all but one."""
-    trained = shape.adapter(work.lora_r, work.lora_targets) or shape.weights()
+    trained = work.trained(shape)
     return trained * 7 * 4 / card.bandwidth
 
 

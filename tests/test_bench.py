@@ -199,7 +199,7 @@ def test_a_peer_is_started_with_the_same_flags(monkeypatch):
     "flags, word",
     [
         (["--rows", "99"], "99"),
-        (["--shape", "3b"], "3b"),
+        (["--shape", "7b"], "7b"),
         (["--steps", "3"], "--steps 3"),
         (["--peers", "unslothh"], "unslothh"),
         (["--peer", "unslothh"], "unslothh"),

@@ -73,7 +73,8 @@ READERS = {
     bench.Config: (["bench.py"], {"cfg"}),
 }
 # functions that check, or only tell the user about what is done elsewhere
-ASIDE = r"check|show|draw|print|described|\w*account"
+# (the result of show_plan is a plan, which is what --plan is for)
+ASIDE = r"check|show(?!_plan)|draw|print|described|\w*account"
 SAYING = {"say", "line", "print", "UserError"}
 
 

@@ -1257,8 +1257,40 @@ def test_out_of_memory_says_which_flags_help(base, run, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(loss, "chunked", full)
-    code, _, err = run(*base, "--out", tmp_path / "out")
-    assert code == 2 and "--grad_ckpt" in err and "Traceback" not in err
+    out = tmp_path / "out"
+    # Without an evaluation before, which has the same loss, the first step is the first to run out.
+    in_a_run(monkeypatch, "evaluate", lambda job: 1.0)
+    code, _, err = run(*base, "--out", out)
+    assert code == 2 and "Traceback" not in err
+    assert "out of memory while training, with " in err
+    assert "By the plan the largest parts are " in err and "Nothing was saved yet." in err
+    # A model of 0.5 MB: what is saved is told in MB.
+    helps = err.partition("In order of gain, these take less: ")[2]
+    assert re.search(r"--grad_ckpt \([\d.]+ MB less\)", helps)
+    assert re.search(r"--batch_size 4 --grad_accum 2 \([\d.]+ MB less\)", helps)
+    gains = [float(size) for size in re.findall(r"\(([\d.]+) MB less\)", helps)]
+    assert gains == sorted(gains, reverse=True) and min(gains) > 0
+
+
+def test_out_of_memory_names_the_last_state_that_is_whole(base, run, tmp_path, monkeypatch):
+    made = []
+    one_step = train.one_step
+
+    def full_later(*args):
+        made.append(args)
+        if len(made) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return one_step(*args)
+
+    monkeypatch.setattr(train, "one_step", full_later)
+    out = tmp_path / "out"
+    code, _, err = run(*base, "--out", out, "--save_every", 2)
+    go_on = f"python train.py --resume --out {out}"
+    assert code == 2 and f"The state of step 2 is whole: `{go_on}` goes on from it." in err
+    made.clear()
+    monkeypatch.setattr(train, "one_step", one_step)
+    ok(run("--resume", "--out", out))
+    assert [line["step"] for line in metrics(out)] == [0, 1, 2, 3, 4, 5, 6]
 
 
 OUT_OF_MEMORY = [
@@ -1276,8 +1308,10 @@ def test_out_of_memory_while_loading_is_a_sentence(base, run, tmp_path, monkeypa
 
     monkeypatch.setattr(weights, "read", full)
     code, _, err = run(*base, "--out", tmp_path / "out")
-    assert code == 2 and "while the model was loaded" in err and "--quant nf4" in err
-    assert " GB in use" in err and "Traceback" not in err
+    assert code == 2 and "while the model was loaded" in err and "--quant nf4 (" in err
+    assert " GB in use. By the plan that takes " in err and "Traceback" not in err
+    # Checkpoints save nothing while the model is loaded.
+    assert "--dtype bf16 (" in err and "--grad_ckpt" not in err.splitlines()[-1]
 
 
 def test_out_of_memory_while_a_state_is_loaded_is_a_sentence(base, run, tmp_path, monkeypatch):
@@ -1311,7 +1345,8 @@ def test_out_of_memory_in_an_evaluation_is_a_sentence(
     monkeypatch.setattr(quality, "held_out_batches", full_later)
     code, _, err = run(*base, "--out", tmp_path / "out")
     assert code == 2 and "out of memory while the held-out loss was measured" in err
-    assert "weights hold" in err and "Traceback" not in err and len(calls) == when
+    assert "By the plan the largest parts are" in err and "these take less: " in err
+    assert "Traceback" not in err and len(calls) == when
     # The steps before the evaluation are saved, so a resume begins behind them.
     assert ("has the state after step" in err) == (when == 2)
 
