@@ -44,6 +44,16 @@ def check_allowed(allow):
 
 def fit(plan, room, allow):
     """{flag: value} of the fastest choice that needs at most `room` bytes; says the first five."""
+    best = ranked(plan, room, allow)
+    for number, (flags, one) in enumerate(best[:5], 1):
+        size = f"{gigabytes(one.needed)}, {one.tokens_per_s:.0f} tokens/s"
+        say("fit", f"{number}. {size}: {written(flags)}")
+    chosen, _ = best[0]
+    return chosen
+
+
+def ranked(plan, room, allow):
+    """[({flag: value}, Plan)] of all choices that need at most `room` bytes, the fastest first."""
     allowed = check_allowed(allow)
     plans = []
     for batch in batch_sizes(plan, allowed):
@@ -58,14 +68,7 @@ def fit(plan, room, allow):
             f"--fit {room / 1e9:g}: nothing fits; the least is {gigabytes(least.needed)}, with {written(flags)}."
         )
     # Of equally fast choices take the one with fewer flags.
-    that_fit.sort(key=lambda pair: (-pair[1].tokens_per_s, len(written(pair[0]))))
-    for number, (flags, one) in enumerate(that_fit[:5], 1):
-        say(
-            "fit",
-            f"{number}. {gigabytes(one.needed)}, {one.tokens_per_s:.0f} tokens/s: {written(flags)}",
-        )
-    chosen, _ = that_fit[0]
-    return chosen
+    return sorted(that_fit, key=lambda pair: (-pair[1].tokens_per_s, len(written(pair[0]))))
 
 
 def batch_sizes(plan, allowed):

@@ -5,12 +5,13 @@ report.
     Job             all that a run needs; train.set_up makes it
     evaluate        held-out loss; the best adapter goes into best/
     save_all        the adapter, and the state from which --resume goes on
+    say_bad, give_up: what a run says of steps whose loss or gradient is nan or infinite
     before_training, stopped, after_training: what a run says at its ends
 
 train.py has the flags, the order of the optimisations and the loop.
 """
 
-from cli import say
+from cli import UserError, say
 
 import contextlib
 from collections.abc import Callable
@@ -76,11 +77,15 @@ class Built:
         total.backward()
         return total.detach()
 
-    def compile(self, places, recompute, decode_once, one_length):
-        """The blocks (or halves of blocks) at these places, and the chunk of the loss."""
-        compiled.apply(places, recompute, one_length)
-        if recompute and decode_once:
-            quant.decode_once(self.model)
+    def compile(self, recomputed, kept, by_compiler, decode_once, one_length):
+        """The blocks (or halves of blocks) at two lists of places, and the chunk of the loss.
+
+        recomputed: of the blocks that backward recomputes; kept: of the others
+        by_compiler: recompute by the compiler's own checkpoint; decode_once: see quant.decode_once"""
+        compiled.apply(recomputed, kept, by_compiler, one_length)
+        if decode_once:
+            for parent, name in recomputed:
+                quant.decode_once(getattr(parent, name))
         self.is_compiled = True
         if self.sum_loss is loss.chunked:
             self.sum_loss = partial(loss.chunked, chunk=compiled.compile_function(loss.one_chunk))
@@ -128,16 +133,12 @@ class Job:
     plan: planner.Plan | None = None
 
     def out_of_memory(self):
-        """What a lack of memory means for this run: what was done, what takes less, which state is whole."""
+        """What a lack of memory means for this run: (what was done, which flags take less)."""
         # quality.held_out_loss puts the model into evaluation mode.
         doing = "while training"
         if not self.built.model.training:
             doing = "while the held-out loss was measured"
-        go_on = f"`python train.py --resume --out {self.cfg.out}` goes on from it"
-        last = f"The state of step {self.run.saved_at} is whole: {go_on}."
-        if self.run.saved_at is None:
-            last = "Nothing was saved yet."
-        return doing, f"{fit.account(self.plan)} {last}"
+        return doing, fit.account(self.plan)
 
     def start_board(self):
         """Before the first step of this process, the evaluation at step 0 of a new run included."""
@@ -179,6 +180,29 @@ def evaluate(job):
     return val
 
 
+def is_tired(job, tell):
+    """Whether --patience evaluations in a row brought no lower loss."""
+    patience = job.cfg.patience
+    if patience == 0 or job.facts.without_progress < patience:
+        return False
+    tell("patience", f"no progress in {patience} evaluations: stopped after step {job.facts.step}")
+    return True
+
+
+def evaluate_step(job, line, tell):
+    """An evaluation after a step, whose line of metrics.jsonl gets the loss. tell(what, text) says the loss.
+
+    Where memory runs out, what was trained is saved first, because an evaluation must not cost the steps before it."""
+    try:
+        line["val_loss"] = evaluate(job)
+    except (RuntimeError, MemoryError) as e:
+        if meters.is_out_of_memory(e):
+            job.log(line, tell)
+            save_all(job)
+        raise
+    tell("val_loss", f"{line['val_loss']:.4f} after step {job.facts.step}")
+
+
 def write_recipe(job):
     """One recipe of the model as it is now, on stdout."""
     model = job.built.model
@@ -205,12 +229,39 @@ def save(job, where=""):
 
 
 def save_all(job):
-    """Adapter and state, from which --resume goes on."""
+    """Adapter and state, from which --resume goes on. Raise UserError, and write nothing, where these hold nan."""
+    job.run.refuse_to_save_no_numbers(job.optimizer, job.built.params, job.facts.step)
     save(job)
     job.run.save_state(job.optimizer, job.built.params, asdict(job.facts))
 
 
-# --- 5. the ends of a run ---
+# --- 5. steps that were left out ---
+
+
+def say_bad(job, loss, norm, batches, tell):
+    """A receipt of a step whose loss or gradient is nan or infinite. -> the numbers of the recipes of its batches"""
+    facts = job.facts
+    rows = [int(i) for batch in batches for i in batch.rows]
+    some = ", ".join(str(i) for i in rows[:8])
+    tell(
+        "bad step",
+        f"{facts.step} is skipped: loss {loss:.4g}, gradient's norm {norm:.4g} (recipes {some} …); "
+        f"{facts.bad_in_a_row} in a row, {facts.bad_steps} in all",
+    )
+    return rows
+
+
+def give_up(job):
+    """End a run of which --max_bad_steps steps in a row were left out. The state is saved: no bad step changed it."""
+    save_all(job)
+    count = job.facts.bad_in_a_row
+    why = precision.why_no_numbers(is_untrained=not optim.has_stepped(job.optimizer))
+    raise UserError(
+        f"{count} steps in a row had a loss or a gradient that is nan or infinite, and were skipped: {why}."
+    )
+
+
+# --- 6. the ends of a run ---
 
 
 def before_training(job):
@@ -228,11 +279,9 @@ def before_training(job):
 
 def stopped(job, stop):
     """A signal ended the loop: the state is saved. -> the exit code"""
-    step = job.facts.step
-    if job.run.saved_at != step:
+    if job.run.saved_at != job.facts.step:
         save_all(job)
-    go_on_with = f"python train.py --resume --out {job.cfg.out}"
-    say("stopped", f"after step {step}, saved. Go on with: {go_on_with}")
+    say("stopped", f"{job.run.kept()}")
     return stop.exit_code
 
 
@@ -241,19 +290,26 @@ def after_training(job):
     facts = job.facts
     meter = job.built.meter
     meter.say_summary(job.built.is_compiled)
-    pictures.curve(job.run.folder / "curve.png", job.run.history())
+    # The adapter is saved by now. Neither a picture nor a figure may end a run whose disk is full.
+    picture = job.run.folder / "curve.png"
+    with disk.go_on_without(picture):
+        pictures.curve(picture, job.run.history())
     say("after", job.title)
     write_recipe(job)
     summary = {
         "steps": facts.step,
         "val_loss_before": facts.val_before,
         "val_loss_after": facts.val,
+        "bad_steps": facts.bad_steps,
         **meter.summary(),
     }
-    job.run.write_json("summary.json", disk.finite(summary))
+    with disk.go_on_without(job.run.folder / "summary.json"):
+        job.run.write_json("summary.json", disk.finite(summary))
     print(disk.json_line({key: summary[key] for key in RESULT}))
     say("saved", f"{job.run.folder}: try `python sample.py --run {job.cfg.out}`")
 
 
 # The keys of the one JSON line on stdout, for programs that call this one.
-RESULT = ["steps", "val_loss_before", "val_loss_after", "tokens_per_s", "peak_mem_gb"]
+RESULT = [
+    *("steps", "val_loss_before", "val_loss_after", "bad_steps", "tokens_per_s", "peak_mem_gb"),
+]

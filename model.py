@@ -428,16 +428,18 @@ class Llama(nn.Module):
         return x
 
 
-def places(model, halves):
-    """Where speed/ puts its wrappers around blocks: [(parent module, name in the parent)], in the order of forward.
+def places(model, numbers, halves=False):
+    """Where speed/ puts its wrappers: [(parent module, name in the parent)], in the order of forward.
 
-        halves False    [(layers, "0"), (layers, "1"), …]
-        halves True     [(block 0, "self_attn"), (block 0, "mlp"), (block 1, "self_attn"), …]
+    numbers: of the blocks, range(2) say:
+
+        halves False    [(layers, "0"), (layers, "1")]
+        halves True     [(block 0, "self_attn"), (block 0, "mlp"), (block 1, "self_attn"), (block 1, "mlp")]
 
     --offload_ckpt needs halves, because the inputs of attention and of MLP both leave for the host."""
     if not halves:
-        return [(model.layers, str(i)) for i in range(len(model.layers))]
-    return [(block, half) for block in model.layers for half in ("self_attn", "mlp")]
+        return [(model.layers, str(i)) for i in numbers]
+    return [(model.layers[i], half) for i in numbers for half in ("self_attn", "mlp")]
 
 
 def size(model):

@@ -190,16 +190,15 @@ class NF4(Frozen):
         return self.dequantise(self.weight, self.absmax, dtype)
 
     def dequantise(self, codes, absmax, dtype):
-        scales = self.scales(absmax)
+        scales = self.scales(absmax).flatten()
         dequantise = torch.ops.bitsandbytes.dequantize_4bit
         return dequantise(codes, scales, 64, "nf4", self.shape, dtype)
 
     def scales(self, absmax):
         """The absmax of each block of 64 weights, fp32. torch.compile makes one kernel of these lines."""
-        count = len(absmax.flatten())
-        block = torch.arange(count, device=absmax.device) // 256
+        number = torch.arange(absmax.numel(), device=absmax.device).view(absmax.shape)
         values = self.table[absmax.int()]
-        return values * self.nested[block] + self.offset
+        return values * self.nested[number // 256] + self.offset
 
 
 KINDS = {"none": Plain, "nf4": NF4, "fp8": FP8}
@@ -470,11 +469,18 @@ def fp8_group_mm_t(layers, grads, du, A):
         codes.append(A_codes)
         scaled.append(pad(du, 1).float() * A_scale.t())
     g_codes, g_scale = fp8.to_e4m3(*scaled)
-    codes = torch.cat(codes)
-    dx = fp8.scaled_mm_t(g_codes, g_scale, codes, grads[0].dtype)
+    dx = fp8.scaled_mm_t(g_codes, g_scale, joined_in_backward(codes, layers), grads[0].dtype)
     if du is not None and apart:
         dx = add(dx, du, A)
     return dx
+
+
+def joined_in_backward(codes, layers):
+    """The codes [out, in] of the layers (and of A) one below the other. decode_once says why this is no plain cat."""
+    if layers[0].decoded_once:
+        return torch.cat(codes)
+    # Join them transposed, which is how scaled_mm_t wants them in memory. Forward joins gate and up as they are.
+    return torch.cat([c.t() for c in codes], 1).t()
 
 
 # --- skip at first reading: the few rows of sampling ---
@@ -595,23 +601,35 @@ class Joined:
 #
 # Cost of sharing: W stays in memory from the first use to the second. A block of Llama-3-8B is 436 MB in bf16.
 # train.build leaves the switch off with --offload_embed, which prefers memory to speed.
-# Proof: tests/test_quant.py: test_decode_once_lets_backward_share_what_it_dequantises.
+#
+# Only a block that is recomputed may share. In another block the first use is in forward, and the compiler would keep
+# what it finds there a second time until backward, in all blocks at once. On Llama-3-8B:
+#
+#     W in bf16, of NF4 or FP8                            13.96 GB
+#     absmax of NF4 in fp32                                0.44 GB
+#     codes of gate and up in e4m3, joined, with --fp8     3.76 GB
+#
+# So the functions named …_in_backward make the same numbers by other operations: on a transposed or reshaped view. The
+# compiler does not see that both are equal.
+# Proof: tests/test_quant.py: test_decode_once_lets_backward_share_what_it_dequantises,
+# test_a_compiled_block_keeps_no_copy_of_a_weight_for_backward.
 
 
-def decode_once(model):
-    """For --compile with --grad_ckpt: from here on, a compiled backward dequantises each W once."""
-    for _, layer in frozen_layers(model):
+def decode_once(block):
+    """For --compile with --grad_ckpt: from here on, the backward of this block dequantises each W once."""
+    for _, layer in frozen_layers(block):
         layer.decoded_once = True
 
 
 def full_in_backward(layer, dtype):
     """W [out, in], as layer.full(dtype) gives it, but without sharing the W that forward dequantised."""
-    if layer.decoded_once or not isinstance(layer, NF4):
+    if layer.decoded_once or not layer.compressed:
         return layer.full(dtype)
-    # Flatten the codes, so that the compiler takes them for other tensors than forward's. Else it would see that both
-    # are dequantised alike, and keep forward's W in bf16 until backward: 13.96 GB on Llama-3-8B.
+    if isinstance(layer, FP8):
+        W_t = layer.weight.t().float() * layer.scale.t()  # [in, out]
+        return W_t.to(dtype).t()
     codes = layer.weight.flatten()
-    absmax = layer.absmax.flatten()
+    absmax = layer.absmax[:, None]
     return layer.dequantise(codes, absmax, dtype)
 
 

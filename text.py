@@ -466,7 +466,8 @@ def check_targets(dataset, text, cfg):
     """Check 256 recipes before training: each ends in an end token as a target, and BOS stands where it belongs.
 
     Otherwise a run would end without an error, and the model would never stop writing. What an end token and a BOS are
-    say the tokenizer and the weights; where they stand in a chat says the template."""
+    say the tokenizer and the weights; where they stand in a chat says the template.
+    Proof: tests/test_preflight.py has for each line a run with the fault and one without."""
     sample = dataset.indices[:256]
     targets = 0
     without = 0  # rows that do not begin with the tokenizer's BOS
@@ -476,16 +477,17 @@ def check_targets(dataset, text, cfg):
         check_end(i, ids, at, text)
         places = np.flatnonzero(np.isin(ids, text.bos))
         if text.bos and text.bos[0] not in text.ends:
-            check_bos(i, places)
+            check_bos(i, places, text)
             without += places[:1].tolist() != [0]
             several += len(places) > 1
         targets += len(at)
     share = targets / dataset.lengths(sample).sum()
-    dropped = dataset.account["dropped"]["max_len"]
     say("check", f"an end token ends {len(sample)} of {len(sample)} rows, as a target")
     say("check", f"BOS: {about_bos(text, without, several)}")
-    dropped = f"{dropped} recipes dropped for --max_len {cfg.max_len}"
+    say("check", f"padding: {about_padding(text)}")
+    dropped = f"{dataset.account['dropped']['max_len']} recipes dropped for --max_len {cfg.max_len}"
     say("check", f"{dropped}; {share:.0%} of the tokens are targets")
+    say_dropped(dataset.account)
 
 
 def check_end(i, ids, at, text):
@@ -497,12 +499,13 @@ def check_end(i, ids, at, text):
         )
 
 
-def check_bos(i, places):
+def check_bos(i, places, text):
     """places: where BOS stands in recipe i"""
     if (np.diff(places) == 1).any():
-        raise UserError(
-            f"recipe {i} has two BOS tokens in a row: the chat template prints one too many."
-        )
+        who = "the chat template prints"
+        if len(text.bos) > 1:
+            who = f"the post_processor of {text.files.path} puts"
+        raise UserError(f"recipe {i} has two BOS tokens in a row: {who} one too many.")
 
 
 def about_bos(text, without, several):
@@ -513,3 +516,21 @@ def about_bos(text, without, several):
     if without or several:
         return f"{without} rows begin without it and {several} hold several, as their chat template prints it"
     return "exactly one"
+
+
+def about_padding(text):
+    """Programs that mask every pad token in the loss also mask the ends where both are one token. This one does not."""
+    pad = text.files.named.get("pad_token")
+    if text.control.get(pad) in text.ends:
+        return f"the pad token {pad!r} is an end token, too; padding is known by length, so ends stay targets"
+    return "known by length, no token stands for it"
+
+
+def say_dropped(account):
+    """A line for each rule that dropped more than half of all recipes: its bound may be wrong for this dataset."""
+    for rule, n in account["dropped"].items():
+        if 2 * n > account["read"]:
+            say(
+                "note",
+                f"the rule {rule} dropped {n} of {account['read']} recipes: is that bound right? See data.py",
+            )

@@ -29,15 +29,26 @@ import quality
 import quant
 from data import Data
 from files import board, disk, hub, tokenizer, weights
-from files.run import Facts, Run, Stop, check_out, refuse_other_flags, started_with
+from files.run import (
+    Facts,
+    Run,
+    Stop,
+    check_out,
+    how_often,
+    refuse_other_flags,
+    started_with,
+)
 from job import (
     Built,
     Job,
     adapter_settings,
     after_training,
     before_training,
-    evaluate,
+    evaluate_step,
+    give_up,
+    is_tired,
     save_all,
+    say_bad,
     stopped,
 )
 from recipes import Rules
@@ -65,7 +76,7 @@ class Config:
     attn: Literal["naive", "flash", "cudnn"] = "flash"  # attention kernel; only naive holds the score matrix
     fused_loss: bool = True            # compute the loss in chunks, so that all logits are never in memory at once
     grad_ckpt: bool = False            # keep only the input of each transformer block; recompute the rest in backward
-    ckpt_blocks: int = 0               # with --grad_ckpt: how many blocks, from the first on, are checkpoints; 0: all
+    ckpt_blocks: int = 0               # with --grad_ckpt: recompute only the first this many blocks; 0: all
     offload_ckpt: bool = False         # with --grad_ckpt: hold what it keeps for backward in pinned host memory
     offload_embed: bool = False        # keep the input embedding in host memory, to save GPU memory
     compile: bool = False              # compile the model with torch.compile: one graph for all blocks and lengths
@@ -82,7 +93,8 @@ class Config:
     patience: int = 0                  # stop after this many evaluations without a lower val_loss; 0: never
     # --- watching ---
     eval_every: int = 30               # optimiser steps between evaluations on the held-out recipes
-    save_every: int = 50               # optimiser steps between saves of the adapter and the resume state
+    save_every: str = "50"             # save the adapter and the resume state every 50 steps, or 10m: every 10 minutes
+    max_bad_steps: int = 10            # stop after this many steps in a row whose loss or gradient is nan or infinite
     tensorboard: bool = False          # also write metrics for TensorBoard into --out; needs the package tensorboard
     plan: bool = False                 # print memory, speed and hours of the run that the flags ask for, and stop
     card: str = ""                     # with --plan: plan for this card, H100 or T4 say, and not for this machine
@@ -106,9 +118,11 @@ def check(cfg, data_cfg):
         weight_decay=(0, 1),
         grad_clip=0,
         patience=0,
+        ckpt_blocks=0,
         eval_every=1,
-        save_every=1,
+        max_bad_steps=1,
     )
+    how_often(cfg.save_every)
     if cfg.init_adapter and not cfg.lora_r:
         raise UserError(
             "--init_adapter needs an adapter to begin with: it cannot go with --lora_r 0."
@@ -127,6 +141,10 @@ def check(cfg, data_cfg):
         )
     if cfg.offload_ckpt and not cfg.grad_ckpt:
         raise UserError("--offload_ckpt moves what --grad_ckpt keeps: add --grad_ckpt.")
+    if cfg.ckpt_blocks and not cfg.grad_ckpt:
+        raise UserError(
+            "--ckpt_blocks says how many blocks --grad_ckpt recomputes: add --grad_ckpt, or --ckpt_blocks 0."
+        )
     if cfg.tensorboard:
         board.check()
     check_plan(cfg)
@@ -188,23 +206,27 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
     # torch.utils.checkpoint keeps three tensors a block (torch 2.11, README). Offloading moves what autograd saves of a
     # compiled part, so it must see the part as a whole. With --offload_ckpt the parts are halves of blocks, so that the
     # inputs of attention and of MLP can both leave the card.
-    places = models.places(model, halves=cfg.offload_ckpt)
+    blocks = len(model.layers)
+    first = 0
+    if cfg.grad_ckpt:
+        first = checkpoint.how_many(blocks, cfg.ckpt_blocks)
+    recomputed = models.places(model, range(first), halves=cfg.offload_ckpt)
+    kept = models.places(model, range(first, blocks))
     by_compiler = False
     if cfg.compile:
         # The compiler's own checkpoint recomputes less than speed/checkpoint.py, because it sees that backward needs no
         # output of down_proj. With dropout it would draw another mask in the recomputation, so it is not used there.
-        by_compiler = cfg.grad_ckpt and not cfg.lora_dropout
+        by_compiler = not cfg.lora_dropout
         # In backward one dequantised weight serves recomputation and input gradient, and is held between the two. Not
         # with --offload_embed, because whoever gives that flag prefers memory to speed.
-        built.compile(places, by_compiler, not cfg.offload_embed, one_length=data_cfg.budget > 0)
+        once = by_compiler and not cfg.offload_embed
+        built.compile(recomputed, kept, by_compiler, once, one_length=data_cfg.budget > 0)
 
     # 6. Put checkpoints around compiled blocks. Put offloading around checkpoints, because it moves what they keep.
-    if cfg.grad_ckpt:
-        checkpoint.say_kept(len(model.layers))
-        if not by_compiler:
-            checkpoint.apply(places, random=cfg.lora_dropout > 0)
+    if not by_compiler:
+        checkpoint.apply(recomputed, random=cfg.lora_dropout > 0)
     if cfg.offload_ckpt:
-        offload.apply(places, device)
+        offload.apply(recomputed, device)
 
     # 7. Record last, because a CUDA graph replays a whole micro-batch, with everything that was put around the blocks.
     if cfg.cuda_graph:
@@ -251,7 +273,7 @@ def find_base(cfg, data_cfg):
     """The base model's folder. A model that is no Llama is refused here, before the recipes are read."""
     base = hub.resolve(data_cfg.model, disk.cache_folder(data_cfg.cache))
     check_out(cfg.out, cfg.resume, data_cfg.model, base, data_cfg.data + data_cfg.val_data)
-    models.read_config(base)
+    checkpoint.check(models.read_config(base).num_hidden_layers, cfg.ckpt_blocks)
     return base
 
 
@@ -382,7 +404,11 @@ def one_step(job, batches, lr):
     Proof: tests/test_train.py: test_accumulation_is_the_gradient_of_one_larger_batch. tests/test_witness.py:
     test_grad_accum_is_the_gradient_of_a_larger_batch.
 
-    -> (loss, norm of the gradient, whether an overflow of fp16 forbade the step)"""
+    A step whose loss or gradient is nan or infinite is left out: weights and optimiser stay as they are, bit for bit.
+    Cost: the host waits for the card before AdamW is launched, once a step: 0.1 ms, of 23 ms in the quickest run.
+    Proof: tests/test_train.py: test_a_bad_step_changes_nothing.
+
+    -> (loss, norm of the gradient, what became of the step: TAKEN, OVERFLOW or BAD of speed/precision.py)"""
     built = job.built
     scale = job.scale
     targets = sum(len(b.targets) for b in batches)
@@ -399,15 +425,15 @@ def one_step(job, batches, lr):
     job.watch.check(built.model)
     # Here the gradients are divided by the loss scale, then clipped.
     norm = optim.clip(built.trained, scale.value, job.cfg.grad_clip)
-    # Only fp16: an inf or nan among the gradients shows in their norm. Leave this step out, or AdamW would write nan.
-    overflowed = scale.overflowed(norm)
-    if not overflowed:
+    # An inf or nan among the gradients shows in their norm. With such a step AdamW would write nan into the weights.
+    fate = scale.judge(float(total), float(norm))
+    if fate == precision.TAKEN:
         job.optimizer.param_groups[0]["lr"] = lr
         job.optimizer.step()
     # An adapter's gradients are views of one tensor (optim.flatten), so they are set to zero and not dropped.
     job.optimizer.zero_grad(set_to_none=not job.cfg.lora_r)
-    # float() waits for the GPU, so the clock of meters.Meter stops when the step is done.
-    return float(total), float(norm), overflowed
+    # float() waits for the GPU, AdamW too, so the clock of meters.Meter stops when the step is done.
+    return float(total), float(norm), fate
 
 
 def main():
@@ -415,12 +441,17 @@ def main():
     check(cfg, data_cfg)
     if cfg.plan:
         return show_plan(cfg, data_cfg, rules)
-    job = set_up(cfg, data_cfg, rules)
+    return train(set_up(cfg, data_cfg, rules))
+
+
+def train(job):
+    """The loop. -> the exit code"""
     cfg = job.cfg
     facts = job.facts
     meter = job.built.meter
     job.built.model.train()
-    with Stop() as stop, fit.out_of_memory(job.device, job.out_of_memory):
+    out_of_memory = fit.out_of_memory(job.device, job.out_of_memory)
+    with Stop(job.run) as stop, job.run.telling_what_is_kept(), out_of_memory:
         if facts.step == 0 and facts.val_before is None:
             before_training(job)
         bar = cli.Progress(facts.total, "train")
@@ -430,35 +461,35 @@ def main():
                 break
             meter.begin()
             lr = optim.lr_at(facts.step + 1, facts.total, cfg.lr, cfg.warmup_steps)
-            loss_now, norm, overflowed = one_step(job, batches, lr)
+            loss_now, norm, fate = one_step(job, batches, lr)
             speed = meter.end(batches, bar.line)
-            # A step that fp16 left out counts, too: its batches are used up, and the schedule goes on.
+            # A step that was left out counts, too: its batches are used up, and the schedule goes on.
             facts.step += 1
-            # A loss of inf or nan ends the run here. So does such a norm, unless fp16 can still halve its loss scale.
-            job.scale.refuse_no_number(loss_now, norm, facts.step, batches[-1].rows, job.run.folder)
+            facts.count(is_bad=fate == precision.BAD, is_taken=fate == precision.TAKEN)
             # Keep the scale among the facts, so that a resume begins with it.
-            facts.loss_scale = job.scale.update(facts.step, overflowed, bar.line)
+            facts.loss_scale = job.scale.update(facts.step, fate == precision.OVERFLOW, bar.line)
             line = {
                 "step": facts.step,
                 "loss": loss_now,
                 "lr": lr,
-                # JSON has no inf.
-                "grad_norm": None if overflowed else norm,
+                # JSON has no inf: these are null there.
+                "grad_norm": norm,
                 **speed,
             }
+            if fate == precision.BAD:
+                line["bad_rows"] = say_bad(job, loss_now, norm, batches, bar.line)
             rate = speed["tokens_per_s"]
             bar.step(1, f"loss {loss_now:.3f}  {rate:.0f} tok/s  {meter.peak:.2f} GB")
 
             is_over = facts.step == facts.total
             if is_over or facts.step % cfg.eval_every == 0:
-                line["val_loss"] = evaluate(job)
-                bar.line("val_loss", f"{line['val_loss']:.4f} after step {facts.step}")
+                evaluate_step(job, line, bar.line)
+                is_over = is_over or is_tired(job, bar.line)
             job.log(line, bar.line)
-            if 0 < cfg.patience <= facts.without_progress:
-                is_over = True
-                tired = f"no progress in {cfg.patience} evaluations: stopped after step"
-                bar.line("patience", f"{tired} {facts.step}")
-            if is_over or stop.signal or facts.step % cfg.save_every == 0:
+            if facts.bad_in_a_row >= cfg.max_bad_steps:
+                give_up(job)
+            is_time = job.run.is_time_to_save(cfg.save_every, facts.step)
+            if is_over or stop.signal or is_time:
                 save_all(job)
             if is_over:
                 break

@@ -23,7 +23,7 @@ def check():
         parts()
     # protobuf raises a TypeError over a package that was made for another version of it.
     except (ImportError, TypeError, AttributeError) as e:
-        reason = str(e).splitlines()[0]
+        reason = (str(e) or repr(e)).splitlines()[0]
         raise UserError(
             f"--tensorboard needs the package tensorboard, which cannot be used here ({reason}): "
             "pip install tensorboard, or leave the flag out."
@@ -85,10 +85,10 @@ class Board:
 
 
 def summary_of(line):
-    """The numbers of a line of metrics.jsonl but its step, as TensorBoard's Summary. What is None is left out."""
+    """The numbers of a line of metrics.jsonl but its step, as TensorBoard's Summary. What is no number is left out."""
     _, _, summary, _ = parts()
     values = []
     for tag, number in line.items():
-        if tag != "step" and number is not None:
+        if tag != "step" and isinstance(number, int | float):
             values.append(summary.Value(tag=tag, simple_value=number))
     return summary(value=values)

@@ -3,6 +3,8 @@
     write_json("run.json", {...})          # write under another name, sync, rename
     write_tensors("a.safetensors", {...})
     with atomic("curve.png") as beside: figure.savefig(beside)
+    append(file, b"…\\n")                   # the whole line or nothing of it
+    with go_on_without("curve.png"): …     # a full disk costs this file only
     held = lock(folder)                    # one process owns the folder until that process ends
     fingerprint(model_folder)              # tells two models apart in a fraction of a second
     cache_folder(".cache")                 # beside the code, unless the path is absolute
@@ -14,7 +16,8 @@ A program that is killed while it writes leaves the old file or the new one, nev
     killed after the rename                          run.json is the new one, all of it on the disk
 """
 
-from cli import UserError
+import cli
+from cli import UserError, say
 
 import contextlib
 import dataclasses
@@ -25,6 +28,7 @@ import math
 import os
 import re
 import secrets
+import zlib
 from pathlib import Path
 
 try:
@@ -87,8 +91,38 @@ def remove_parts(folder):
 def sync(path):
     """Wait until the system has put a file or a folder on the disk."""
     number = os.open(path, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def append(file, data):
+    """Append bytes to a file that is open without a buffer. Where the disk is full the file stays as it was, and
+    OSError is raised."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise
+
+
+@contextlib.contextmanager
+def go_on_without(path):
+    """A `with` block that writes a file on which nothing depends. Where it cannot be written, a line says so.
+
+    An old file of that name is removed, because it would tell of an earlier end of the run."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in cli.CANNOT_WRITE:
+            raise
+        say("note", f"{path} is not written ({e.strerror}): going on without it")
+        with contextlib.suppress(OSError):
+            Path(path).unlink(missing_ok=True)
 
 
 def set_usual_mode(path):
@@ -146,6 +180,22 @@ def write_tensors(path, tensors, metadata=None):
             save_file(on_cpu, beside, metadata=metadata)
         except SafetensorError as e:
             raise OSError(error_number(e) or errno.EIO, str(e), str(path)) from None
+
+
+def checksum(tensors, texts):
+    """A CRC-32 of {name: tensor on the CPU}, with dtypes and shapes, and of {name: text}, as 8 hex digits.
+
+    Why: a safetensors file has none, so a bit that a disk flipped would only train on. Cost: half a second a GB."""
+    import torch
+
+    crc = 0
+    for name in sorted(texts):
+        crc = zlib.crc32(f"{name} {texts[name]}\n".encode(), crc)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(), crc)
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def error_number(error):

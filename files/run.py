@@ -5,37 +5,33 @@
     run.log({"step": 1, "loss": 2.3})      # add one line to metrics.jsonl; a step has one line
     run.save_state(optimizer, params, {"step": 30})
     facts = run.load_state(optimizer, params)
-    with Stop() as stop: ... if stop.signal: save and leave
+    with Stop(run) as stop: ... if stop.signal: save and leave
 
-One file, state.safetensors, holds all that a resume needs, because one file appears in one rename:
-
-    the trained tensors | the optimiser's states | the random generators | step, best loss … as JSON
-
-So a killed run goes on from its last whole state. Weights of step 60 never meet optimiser states of step 30.
-tests/test_run.py proves it: test_stopped_and_resumed_is_bit_for_bit_what_uninterrupted_is.
+A killed run goes on from its last whole state, state.safetensors (files/state.py). tests/test_kill.py proves it on real
+processes, which it also kills while they save.
 """
 
+import cli
 from cli import UserError, say
 
 import contextlib
 import errno
-import json
 import math
 import os
-import platform
+import re
 import secrets
+import shlex
 import shutil
 import signal
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from files import disk
+from files import disk, state
+from files.state import STATE
 
 FORMAT = 2  # the version of run.json's layout
-STATE = "state.safetensors"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 BEST_WEIGHTS = tuple(f"best/{name}" for name in WEIGHTS)
 
@@ -56,8 +52,8 @@ INDEX = "model.safetensors.index.json"
 FREE = {
     *("out", "resume", "device", "cache", "model", "data", "val_data", "init_adapter"),
     *("attn", "fused_loss", "compile", "cuda_graph", "grad_ckpt", "offload_ckpt", "offload_embed"),
-    *("max_steps", "epochs", "patience", "eval_every", "save_every", "allow_bad"),
-    "tensorboard",
+    *("max_steps", "epochs", "patience", "eval_every", "save_every", "max_bad_steps", "allow_bad"),
+    *("tensorboard", "ckpt_blocks", "plan", "card", "fit", "allow"),
 }
 
 # What only the line of a training step can have in metrics.jsonl.
@@ -67,15 +63,12 @@ OF_A_STEP = ["loss", "lr", "grad_norm", "tokens_per_s", "padding"]
 IDENTITY = {
     "base_fingerprint": "base model",
     "base_tensors": "base model (a tensor of its)",
-    "data_fingerprint": "data",
+    "data_fingerprint": "data (or its tokenizer)",
     "data_tokens": "text of the data (or its tokenizer or chat template)",
     "dtype": "dtype of the weights",
     "arithmetic": "dtype of the arithmetic (--dtype)",
 }
 
-
-# What of run.json's versions a state holds too: {key: its name in a sentence}.
-VERSIONS = {"torch": "torch", "program": "this program"}
 
 # The errors of a lock on a file system that has none, such as Lustre without -o flock.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -83,7 +76,9 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @dataclass
 class Facts:
-    """The numbers that a resume needs beside tensors. state.json shows them to people."""
+    """The numbers that a resume needs beside tensors. state.json shows them to people.
+
+    Each has a default, because a state of an earlier version may not have it."""
 
     step: int = 0
     total: int = 0
@@ -93,6 +88,16 @@ class Facts:
     val: float | None = None
     without_progress: int = 0
     loss_scale: float = 1.0
+    bad_steps: int = 0  # steps that were left out, because their loss or gradient was not finite
+    bad_in_a_row: int = 0
+
+    def count(self, is_bad, is_taken):
+        """Note a step. In fp16 a step may be neither bad nor taken: then the loss scale was too large."""
+        if is_taken:
+            self.bad_in_a_row = 0
+        if is_bad:
+            self.bad_steps += 1
+            self.bad_in_a_row += 1
 
     def judge(self, val):
         """Note a held-out loss. -> whether it is the best so far"""
@@ -141,6 +146,17 @@ def refuse_other_flags(old, new):
     ]
     if changed:
         raise UserError(f"--resume: these flags make it another run: {'; '.join(changed)}.")
+
+
+def how_often(every):
+    """(steps, seconds) between two saves, one of them None. every: of --save_every, "50" or "10m" (10 minutes)"""
+    # Earlier versions wrote a number into run.json.
+    text = str(every)
+    if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
+        return int(text), None
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?m", text) and float(text[:-1]) > 0:
+        return None, float(text[:-1]) * 60
+    raise UserError(f"--save_every {text}: give steps or minutes, for example 50 or 10m.")
 
 
 def read_run(folder):
@@ -228,11 +244,15 @@ class Run:
     def __init__(self, folder, resume):
         """Own the folder. Without `resume`, a run that is there is renamed to folder.1, .2, …, never deleted."""
         self.folder = Path(folder).resolve()
+        self.out = str(folder)  # as the user wrote it
         # Tells the files of this run from those of another one. A resume has the id in run.json.
         self.id = secrets.token_hex(8)
         # The open metrics.jsonl; None until something is logged.
         self.metrics = None
+        # Lines that metrics.jsonl did not take yet, because the disk was full.
+        self.unlogged = b""
         self.saved_at = None  # the step of the last save
+        self.saved_when = time.monotonic()
         # Hold the lock files, because a lock ends when its file is closed.
         self.locks = []
         if resume and not (self.folder / STATE).exists():
@@ -312,7 +332,7 @@ class Run:
 
     def write_about(self, info):
         """Write run.json, which says what this run is."""
-        about = {"format": FORMAT, **info, "id": self.id, "versions": versions()}
+        about = {"format": FORMAT, **info, "id": self.id, "versions": state.versions()}
         self.write_json("run.json", about)
 
     def go_on(self, info, optimizer, params, total):
@@ -329,6 +349,10 @@ class Run:
                 )
         self.id = before.get("id", self.id)
         facts = facts_of(self.folder / STATE, self.load_state(optimizer, params, before.get("id")))
+        if facts.step >= total:
+            raise UserError(
+                f"--resume: {self.folder} has already made its {total} steps; raise --max_steps or --epochs."
+            )
         self.saved_at = facts.step
         self.forget_after(facts.step)
         self.say_other_metrics(facts)
@@ -336,22 +360,28 @@ class Run:
         if total != facts.total:
             note = f"; the schedule was for {facts.total} steps and is for {total} from here on"
         say("resume", f"after step {facts.step}{note}")
-        if facts.step >= total:
-            raise UserError(
-                f"--resume: {self.folder} has already made its {total} steps; raise --max_steps or --epochs."
-            )
         facts.total = total
         return facts
 
     # --- metrics.jsonl ---
 
     def log(self, line):
-        """Append a line to metrics.jsonl."""
-        if self.metrics is None:
-            self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.metrics.write(disk.json_line(line) + "\n")
-        # Flush, so that a person who watches the file sees the step at once.
-        self.metrics.flush()
+        """Append a line to metrics.jsonl, at once, so that a person who watches the file sees the step.
+
+        Training needs no metrics, so a full disk ends no run here. The next call brings the line again."""
+        is_first = not self.unlogged
+        self.unlogged += disk.json_line(line).encode() + b"\n"
+        try:
+            if self.metrics is None:
+                self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+            disk.append(self.metrics, self.unlogged)
+        except OSError as e:
+            if e.errno not in cli.CANNOT_WRITE:
+                raise
+            if is_first:
+                say("note", f"metrics.jsonl takes no line ({e.strerror}): its lines are kept")
+            return
+        self.unlogged = b""
 
     def log_start(self, val_loss, peak_mem_gb):
         """Append the line of step 0, an evaluation before training. What only a step has is None."""
@@ -398,186 +428,81 @@ class Run:
 
     def save_state(self, optimizer, params, facts):
         """Save all that a resume needs. params: {name: parameter}; facts: a dict of JSON values (step, best loss, …)"""
+        state.save(self.folder / STATE, optimizer, params, facts, self.id)
         self.saved_at = facts.get("step")
-        tensors = {f"param.{name}": p for name, p in params.items()}
-        tensors |= optimizer_tensors(optimizer)
-        tensors |= random_states()
-        metadata = {
-            "facts": disk.json_line(facts),
-            "scalars": json.dumps(optimizer_scalars(optimizer)),
-            "shapes": json.dumps(shapes_of(tensors)),
-            "run": json.dumps(self.id),
-            "versions": json.dumps(versions()),
-        }
-        disk.write_tensors(self.folder / STATE, tensors, metadata)
+        self.saved_when = time.monotonic()
         # state.json is for people. A resume reads the copy inside STATE, because two files could differ after a kill.
         self.write_json("state.json", disk.finite(facts))
+
+    def is_time_to_save(self, every, step):
+        """Whether to save after this step. every: of --save_every, steps or minutes"""
+        steps, seconds = how_often(every)
+        if steps is None:
+            return time.monotonic() - self.saved_when >= seconds
+        return step % steps == 0
+
+    def refuse_to_save_no_numbers(self, optimizer, params, step):
+        """Raise UserError for a state with nan or inf: the state that was saved before is better than this one."""
+        name = state.first_with_no_number(state.tensors_of(optimizer, params))
+        if name:
+            raise UserError(
+                f"{name} holds nan or inf after step {step}, so nothing was saved there: lower --lr, or use --dtype "
+                "fp32, in a new run."
+            )
+
+    def kept(self):
+        """What is there to go on from, in a sentence."""
+        if self.saved_at is None:
+            return f"{self.out} holds no state to go on from yet"
+        go_on_with = f"python train.py --resume --out {shlex.quote(self.out)}"
+        return f"{self.out} has the state after step {self.saved_at}. Go on with: {go_on_with}"
+
+    @contextlib.contextmanager
+    def telling_what_is_kept(self):
+        """A `with` block. Where an error ends the block, a line says which state is there to go on from."""
+        try:
+            yield
+        except BaseException:
+            say("kept", self.kept())
+            raise
 
     def load_state(self, optimizer, params, run_id=None):
         """Fill parameters, optimiser and random generators from STATE. -> the facts
 
         run_id: of run.json; None if that is of a version that wrote none"""
-        path = self.folder / STATE
-        tensors, about = read_state(path)
-        if run_id is not None and about["run"] not in (None, run_id):
-            raise UserError(f"--resume: {path} and run.json beside it are of two different runs.")
-        refuse_no_numbers(path, tensors)
-        fill_params(path, params, tensors)
-        saved = [key for key in tensors if key.startswith("optim.")]
-        for key in saved:
-            fill_optimizer(path, optimizer, key.removeprefix("optim."), tensors[key])
-        for key, value in about["scalars"].items():
-            fill_optimizer(path, optimizer, key, value)
-        set_random_states(tensors)
-        say_other_versions(about["versions"])
-        return about["facts"]
-
-
-# --- the content of STATE ---
-#
-# tensors     param.NAME, optim.NUMBER.KEY (of the optimiser's parameter NUMBER), random.cpu, random.cuda
-# metadata    facts, scalars (NUMBER.KEY of the optimiser), shapes, run (the id in run.json) and versions, each as JSON
-
-
-def trained_by(optimizer):
-    """The optimiser's parameters. STATE numbers them in this order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def optimizer_tensors(optimizer):
-    """{optim.NUMBER.KEY: tensor} of the optimiser's state."""
-    tensors = {}
-    for i, p in enumerate(trained_by(optimizer)):
-        for key, value in optimizer.state[p].items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            # All parameters share one table of bitsandbytes. Copy it, because safetensors stores no tensor twice.
-            if key.startswith("qmap"):
-                value = value.clone()
-            tensors[f"optim.{i}.{key}"] = value
-    return tensors
-
-
-def optimizer_scalars(optimizer):
-    """{NUMBER.KEY: number} of the optimiser's state, because some optimisers count their steps in plain numbers."""
-    scalars = {}
-    for i, p in enumerate(trained_by(optimizer)):
-        for key, value in optimizer.state[p].items():
-            if not isinstance(value, torch.Tensor):
-                scalars[f"{i}.{key}"] = value
-    return scalars
-
-
-def random_states():
-    states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(tensors):
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-
-
-def shapes_of(tensors):
-    return {name: list(t.shape) for name, t in tensors.items()}
-
-
-def read_state(path):
-    """(tensors, {"facts", "scalars", "run", "versions"}) of a state file; UserError if the file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata()
-            tensors = {key: f.get_tensor(key) for key in f.offset_keys()}
-        shapes = json.loads(metadata["shapes"])
-        if shapes != shapes_of(tensors):
-            raise ValueError("its tensors do not have the saved shapes")
-        about = {
-            "facts": disk.parse_json(metadata["facts"]),
-            "scalars": json.loads(metadata["scalars"]),
-            # Earlier versions of this program wrote neither of these two.
-            "run": json.loads(metadata.get("run", "null")),
-            "versions": json.loads(metadata.get("versions", "{}")),
-        }
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise UserError(
-            f"{path} cannot be read ({e}); start without --resume, which keeps the old run under another name."
-        ) from None
-    return tensors, about
+        return state.load(self.folder / STATE, optimizer, params, run_id)
 
 
 def facts_of(path, values):
     """Facts of {name: value}; UserError for names that this version does not have."""
     try:
-        return Facts(**values)
+        facts = Facts(**values)
+        # A state of an earlier version has no checksum, so look whether this is a step.
+        range(facts.step)
+        return facts
     except TypeError:
         raise UserError(
             f"{path} was saved by another version of this program: start without --resume."
         ) from None
 
 
-def refuse_no_numbers(path, tensors):
-    """Raise UserError for a state whose training had already failed: it would only go on to fail."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{path}: {name} holds nan or inf: begin from what was saved before, in best/ say (--init_adapter)."
-            )
-
-
-def versions():
-    """What a run was made with, {name: version}. That of this program is a hash of its code."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "program": disk.program(),
-    }
-
-
-def say_other_versions(saved):
-    """A line where another torch or another version of this program saved the state. saved: its versions"""
-    now = versions()
-    changes = []
-    for key, what in VERSIONS.items():
-        before = saved.get(key, "an earlier version")
-        if before != now[key]:
-            changes.append(f"{what} was {before}, is {now[key]}")
-    if changes:
-        say("resume", f"{'; '.join(changes)}: losses may differ in their last digits")
-
-
-def fill_params(path, params, tensors):
-    for name, p in params.items():
-        saved = tensors.get(f"param.{name}")
-        if saved is None or saved.shape != p.shape:
-            raise UserError(
-                f"{path} does not fit this model: {name} is missing or has another shape."
-            )
-        with torch.no_grad():
-            p.copy_(saved)
-
-
-def fill_optimizer(path, optimizer, key, value):
-    """Put one tensor or number back into the optimiser's state. key: NUMBER.KEY"""
-    number, _, name = key.partition(".")
-    trained = trained_by(optimizer)
-    if int(number) >= len(trained):
-        raise UserError(
-            f"{path} was saved by another version of this program: start without --resume."
-        )
-    p = trained[int(number)]
-    if isinstance(value, torch.Tensor):
-        value = value.to(p.device)
-    optimizer.state[p][name] = value
+# --- signals ---
 
 
 class Stop:
     """Within this block, Ctrl-C, SIGTERM and SIGHUP only set stop.signal: the loop finishes its step, saves and leaves.
 
     SIGHUP comes when the terminal is closed. A signal that was ignored before stays so: nohup ignores SIGHUP, and a
-    shell SIGINT for what it starts with &. A second signal raises KeyboardInterrupt at once."""
+    shell SIGINT for what it starts with &.
+
+    A second Ctrl-C or SIGTERM ends the process at once, even where it waits for the card or the disk. A thread of its
+    own waits for that signal, because Python runs a handler only when the main thread comes back from such a wait.
+    Nothing is lost, because files are written beside their place (files/disk.py): the state of before stays whole. A
+    second SIGHUP does not count, because a terminal that is closed sends two: the system's, and the shell's.
+    Proof: tests/test_kill.py: test_a_second_signal_stops_at_once."""
+
+    def __init__(self, run):
+        self.run = run
 
     def __enter__(self):
         self.signal = None
@@ -585,13 +510,33 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers_before[number] = signal.signal(number, self.heard)
+        # The system writes the number of each signal into this pipe, whatever the main thread does.
+        reader, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        self.pipe_before = signal.set_wakeup_fd(self.pipe)
+        threading.Thread(target=self.wait_for_second, args=(reader,), daemon=True).start()
         return self
 
     def heard(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        say("stop", "finishing this step and saving; a second signal stops at once")
+        if self.signal is None:
+            self.signal = number
+            say("stop", "finishing this step and saving; a second Ctrl-C stops at once")
+
+    def wait_for_second(self, reader):
+        """What the thread does. The pipe ends when the block is left."""
+        first = None
+        while True:
+            byte = os.read(reader, 1)
+            if not byte:
+                os.close(reader)
+                return
+            number = byte[0]
+            if number not in self.handlers_before:
+                continue
+            if first is not None and number != signal.SIGHUP:
+                say("stopped", f"at once: {self.run.kept()}")
+                cli.leave(128 + number)
+            first = number
 
     @property
     def exit_code(self):
@@ -601,3 +546,5 @@ class Stop:
     def __exit__(self, *_):
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.pipe_before)
+        os.close(self.pipe)

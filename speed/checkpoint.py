@@ -23,7 +23,7 @@ test_grad_ckpt_computes_each_block_again_and_keeps_little. tests/test_lora.py:
 test_checkpointing_changes_no_loss_and_no_gradient.
 """
 
-from cli import say
+from cli import UserError, say
 
 import torch
 from torch import nn
@@ -51,5 +51,16 @@ def apply(places, random):
         setattr(parent, name, Checkpoint(getattr(parent, name), random))
 
 
-def say_kept(blocks):
-    say("grad_ckpt", f"{blocks} blocks keep only inputs; backward recomputes the rest")
+def check(blocks, ckpt_blocks):
+    """An error if --ckpt_blocks asks for more blocks than the model has."""
+    if ckpt_blocks > blocks:
+        raise UserError(
+            f"--ckpt_blocks {ckpt_blocks}: this model has {blocks} blocks; give at most {blocks}, or 0 for all."
+        )
+
+
+def how_many(blocks, ckpt_blocks):
+    """The number of blocks that backward recomputes: the first --ckpt_blocks of all, or all if that flag is 0."""
+    count = ckpt_blocks or blocks
+    say("grad_ckpt", f"{count} of {blocks} blocks keep only inputs; backward recomputes the rest")
+    return count

@@ -70,8 +70,8 @@ def wait_for_compiler():
         STARTING.pop().join()
 
 
-def configure(recompute):
-    """Set the compiler's options. recompute: use its own checkpoint, so that backward recomputes from the input."""
+def configure():
+    """Set the compiler's options."""
     from torch._functorch import config as aot
     from torch._inductor import config as inductor
 
@@ -82,22 +82,43 @@ def configure(recompute):
     torch.fx.experimental._config.use_duck_shape = False
     # Do not pad the shapes of products, because each range of lengths would then compile a graph of its own.
     inductor.shape_padding = False
-    # How many activations the compiler may keep for backward, between 0 and 1. 0: only a graph's input, as a checkpoint
-    # does. 1: as many as are quickest.
-    aot.activation_memory_budget = 0 if recompute else 1
     # Let graphs with autograd functions of ours (lora.GroupMatmul) into the cache on disk, so that a second run finds
     # them. By default they are not cached.
     aot.autograd_cache_allow_custom_autograd_functions = True
 
 
-def apply(places, recompute, one_length):
-    """Compile the modules at these places, blocks or halves of blocks. Modules of one kind share a graph.
+def recomputing(graph, inputs):
+    """A backend of torch.compile: the compiler's own checkpoint. Backward recomputes a block from its input.
 
+    torch.compile keeps one graph for each backend, even if the code is the same. So blocks that are compiled with this
+    backend and blocks that are compiled with the plain one, "inductor", run next to each other, each kind with a graph
+    of its own. The graphs' cache on disk does not confuse the two, because the options of AOTAutograd, which has the
+    one that is set here, are part of its keys.
+    Proof: tests/test_lora.py: test_of_compiled_blocks_those_asked_for_recompute."""
+    from torch._functorch import config as aot
+    from torch._inductor.compile_fx import compile_fx
+
+    # How many activations the compiler may keep for backward, between 0 and 1. 0: only a graph's input, as a checkpoint
+    # does. The default is 1: as many as are quickest.
+    with aot.patch(activation_memory_budget=0):
+        return compile_fx(graph, inputs)
+
+
+def apply(recomputed, kept, by_compiler, one_length):
+    """Compile the modules at two lists of places, blocks or halves of blocks. Modules of one kind share a graph.
+
+    by_compiler: the compiler sees to it that backward recomputes the modules at the first places. Else somebody else
+    does (speed/checkpoint.py), and all blocks are compiled alike.
     one_length: all batches have one shape, as packed rows do; sizes are constants then, which compiles faster."""
-    configure(recompute)
-    for parent, name in places:
-        getattr(parent, name).compile(dynamic=not one_length)
+    configure()
+    compile_each(recomputed, recomputing if by_compiler else "inductor", one_length)
+    compile_each(kept, "inductor", one_length)
     say("compile", "each block, one graph for all lengths; the first step compiles, so is slow")
+
+
+def compile_each(places, backend, one_length):
+    for parent, name in places:
+        getattr(parent, name).compile(backend=backend, dynamic=not one_length)
 
 
 def compile_function(function):

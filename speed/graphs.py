@@ -105,6 +105,9 @@ class Graphs:
         if self.device.type != "cuda":
             loss = torch.zeros(())
             return lambda: loss.copy_(self.step(*buffers.tensors())), loss
+        # A graph has a pool of its own, and while it is recorded nothing can be given back. So give back now what eager
+        # steps have left.
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # thread_local: let the loader's thread make CUDA calls meanwhile, because they do not belong to the graph.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):

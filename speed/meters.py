@@ -149,7 +149,8 @@ class Meter:
         self.tokens = 0  # in those seconds
         self.launching = 0.0  # seconds from begin() to launched(), of the same steps
         self.waited = 0.0  # seconds from rest() to begin(), from the third step on
-        self.graphs = []  # how many graphs were compiled so far, after each step
+        self.graphs = None  # how many graphs were compiled so far
+        self.graphs_at_step_10 = None  # of this process, or at its last step
         self.first_step = None  # seconds
         self.to_first_step = None  # seconds from the start of the process
         # Of the present step: when it began, seconds to launched(), when the loop last began to wait.
@@ -200,7 +201,9 @@ class Meter:
             self.tokens += tokens
             self.launching += self.launched_after
         self.steps += 1
-        self.graphs.append(self.graphs_so_far())
+        self.graphs = self.graphs_so_far()
+        if self.steps <= 10:
+            self.graphs_at_step_10 = self.graphs
         self.look()
         return {
             "target_tokens": sum(len(b.targets) for b in batches),
@@ -222,10 +225,9 @@ class Meter:
         figures["load_peak_gb"] = self.load_peak
         figures["first_step_s"] = self.first_step
         figures["to_first_step_s"] = self.to_first_step
-        if self.graphs:
-            step_10 = min(10, self.steps)
-            figures["graphs"] = self.graphs[-1]
-            figures["graphs_after_step_10"] = self.graphs[-1] - self.graphs[step_10 - 1]
+        if self.graphs is not None:
+            figures["graphs"] = self.graphs
+            figures["graphs_after_step_10"] = self.graphs - self.graphs_at_step_10
         if self.seconds:
             figures["tokens_per_s"] = round(self.tokens / self.seconds, 1)
             figures["host_share"] = self.launching / self.seconds
@@ -234,7 +236,7 @@ class Meter:
 
     def say_summary(self, is_compiled):
         figures = self.summary()
-        if is_compiled and self.graphs:
+        if is_compiled and self.graphs is not None:
             late = figures["graphs_after_step_10"]
             say("compile", f"{figures['graphs']} graphs, {late} of them after step 10")
         if self.seconds:

@@ -3,7 +3,8 @@ tensor, a check that gradients arrive.
 
 AdamW keeps two states a trained weight: the running means of its gradient and of the gradient's square. --optim
 adamw8bit keeps them in 8 bits (Dettmers et al. 2021): a code of one byte, and one fp32 scale (absmax) for 256 codes.
---optim paged_adamw8bit puts them where the driver can move them to host memory, for a card that is nearly full.
+--optim paged_adamw8bit puts them where the driver can move them to host memory, for a card that is nearly full. A
+resume puts them back there (files/state.py).
 
 Why: LoRA r = 16 on all linears of Llama-3-8B trains 41,943,040 weights. Their states take 336 MB in fp32 and 85 MB in
 8 bits: 2 · (1 + 4 / 256) bytes a weight in place of 8. The 250 MB saved are 3 % of a run of 8.3 GB. With --lora_r 0 the
@@ -93,6 +94,11 @@ def clip(trained, loss_scale, grad_clip):
     return nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
 
 
+def has_stepped(optimizer):
+    """Whether the optimiser ever made a step: only then it has states."""
+    return any(optimizer.state.values())
+
+
 # Optimiser steps of a run to which neither --max_steps nor --epochs is given.
 DEFAULT_STEPS = 60
 
@@ -140,7 +146,7 @@ class GradientWatch:
     Why: a LoRA that gets no gradient raises no error by itself. The run only seems to learn slowly.
     A hook on each tensor records that autograd reached it. The gradient's value cannot tell. All zeros are right for an
     A whose B is 0, for q and k of a row with one token, and in fp16 for what is too small. A nan is right for a step
-    of fp16 that overflows. Whether the numbers are any good is asked by LossScale.refuse_no_number."""
+    of fp16 that overflows. Whether the numbers are any good is asked by LossScale.judge."""
 
     def __init__(self, params):
         self.params = params

@@ -29,6 +29,11 @@ import math
 
 import torch
 
+# What becomes of a step, see LossScale.judge. Only the first changes the weights.
+TAKEN = "taken"
+OVERFLOW = "overflow"
+BAD = "bad"
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -147,7 +152,8 @@ class LossScale:
     bf16 has 8 bits of exponent, as fp32 has, and needs no scale.
 
     Cost: fp16 ends at 65,504, so a scaled gradient may overflow to inf. Such a step is skipped, and the scale halved.
-    The scale doubles every 2,000 steps, to find the largest that fits.
+    The scale doubles every 2,000 steps, to find the largest that fits. A loss of nan is no matter of the scale: such a
+    step is skipped in every dtype, and --max_bad_steps of them in a row end the run (train.py).
 
     Proof: tests/test_train.py: test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on,
     test_fp16_gradients_are_scaled_before_they_are_cast."""
@@ -161,32 +167,20 @@ class LossScale:
         self.used = dtype == torch.float16
         self.value = value if self.used else 1.0
 
-    def overflowed(self, norm):
-        """Whether this step must be skipped: the norm of its gradient is inf or nan."""
-        return self.used and not norm.isfinite()
+    def judge(self, loss, norm):
+        """What becomes of a step with this loss and this norm of its gradient: TAKEN, OVERFLOW or BAD.
 
-    def hopeless(self):
-        """Whether halving the scale will not help: the gradient itself is inf or nan."""
-        return not self.used or self.value < self.SMALLEST
-
-    def refuse_no_number(self, loss, norm, step, rows, folder):
-        """Raise a UserError for a loss or a norm that is inf or nan, where no smaller scale will help.
-
-        rows: the numbers of the batch's recipes. folder: of the run"""
-        if math.isfinite(loss) and (math.isfinite(norm) or not self.hopeless()):
-            return
-        some = [int(i) for i in rows[:8]]
-        advice = "lower --lr or use --dtype fp32"
-        # No weight was changed before the first step, so there the learning rate is not the cause.
-        if step == 1:
-            advice = (
-                "no weight was changed before, so numbers of the model leave the range of --dtype: use bf16 or fp32, "
-                "or another --model or --init_adapter where that does not help"
-            )
-        raise UserError(
-            f"the loss is {loss} at step {step}, its gradient's norm {norm} (recipes {some} …): "
-            f"{advice}. {folder} keeps what was last saved."
-        )
+        loss      norm          fp16                            other dtypes
+        finite    finite        TAKEN                           TAKEN
+        finite    inf or nan    OVERFLOW; BAD at SMALLEST       BAD
+        nan       any           BAD: the scale is not in it     BAD"""
+        if not math.isfinite(loss):
+            return BAD
+        if math.isfinite(norm):
+            return TAKEN
+        if self.used and self.value >= self.SMALLEST:
+            return OVERFLOW
+        return BAD
 
     def update(self, step, overflowed, tell):
         """After a step: halve the scale if the step overflowed, double it every 2,000 steps. -> the value from here on
@@ -198,3 +192,14 @@ class LossScale:
         elif self.used and step % self.GROWS_EVERY == 0:
             self.value *= 2
         return self.value
+
+
+def why_no_numbers(is_untrained):
+    """What to do about steps that all give nan or inf. is_untrained: whether no step was ever taken"""
+    if is_untrained:
+        # So the learning rate is not the cause.
+        return (
+            "no weight was changed before, so numbers of the model leave the range of --dtype: use bf16 or fp32, "
+            "or another --model or --init_adapter where that does not help"
+        )
+    return "lower --lr or use --dtype fp32 in a new run, or go on with a larger --max_bad_steps"

@@ -35,12 +35,14 @@ def test_a_line_is_an_event(tmp_path):
     pytest.importorskip("tensorboard")
     events = board.Board(tmp_path, 0)
     events.add({"step": 0, "val_loss": 2.5, "peak_mem_gb": 1.0}, silent)
-    events.add({"step": 1, "loss": float("nan"), "grad_norm": None, "lr": 1e-3}, silent)
+    events.add(
+        {"step": 1, "loss": float("nan"), "grad_norm": None, "lr": 1e-3, "rows": [3]}, silent
+    )
     # The file is whole after each line, because a killed run closes nothing.
     curves = shown(tmp_path / "tensorboard")
     assert curves["val_loss"] == {0: 2.5} and curves["lr"] == {1: pytest.approx(1e-3)}
     assert curves["loss"][1] != curves["loss"][1]
-    assert "grad_norm" not in curves and "step" not in curves
+    assert set(curves) == {"val_loss", "peak_mem_gb", "loss", "lr"}
 
 
 def test_what_a_killed_run_wrote_beyond_its_state_is_not_shown(tmp_path):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -569,7 +568,6 @@ def data_py(tmp_path, tiny_model, monkeypatch, capsys):
     """python data.py with these flags, in this process: (stdout, stderr)"""
 
     def call(*args, model=tiny_model):
-        monkeypatch.setattr(data.hub, "resolve", lambda name, cache: Path(name))
         monkeypatch.chdir(tmp_path)  # where padding.png goes
         flags = ["--model", model, "--cache", tmp_path / "cache", *args]
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])

@@ -1,10 +1,13 @@
 """files/disk.py: files appear whole, a folder has one owner, a model folder has a fingerprint."""
 
+import cli
 from cli import UserError
 
+import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -172,6 +175,85 @@ def test_a_full_disk_keeps_its_number_through_safetensors(tmp_path, monkeypatch,
         write_tensors(path, {"a": torch.ones(1)})
     assert e.value.errno == number and e.value.filename == str(path)
     assert names(tmp_path) == ["adapter.safetensors"] and path.read_text() == "old"
+
+
+@contextlib.contextmanager
+def files_may_have(size):
+    """The system takes no byte of a file beyond the first `size` ones, in Rust no more than in Python."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITERS = {
+    "json": lambda path: write_json(path, {"a": "x" * 20_000}),
+    "tensors": lambda path: write_tensors(path, {"a": torch.ones(5_000)}),
+    "lines": lambda path: append_to(path, b"x" * 20_000),
+}
+
+
+def append_to(path, data):
+    with open(path, "ab", buffering=0) as file:
+        disk.append(file, data)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_error_at_any_byte_leaves_what_was_there(tmp_path, writer):
+    write = WRITERS[writer]
+    write(tmp_path / "whole")
+    size = (tmp_path / "whole").stat().st_size
+    path = tmp_path / "file"
+    path.write_text("old")
+    before = 3 if writer == "lines" else 0
+    for at in (0, 1, 8, 4096, size // 2, size - 1):
+        with files_may_have(at + before), pytest.raises(OSError, match="File too large"):
+            write(path)
+        assert path.read_text() == "old" and names(tmp_path) == ["file", "whole"]
+    with files_may_have(size + before):
+        write(path)
+    wanted = b"old" * (writer == "lines") + (tmp_path / "whole").read_bytes()
+    assert path.read_bytes() == wanted
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("call", ["fsync", "close", "chmod", "replace"])
+def test_an_error_of_any_call_leaves_what_was_there(tmp_path, monkeypatch, call, error):
+    """A network's file system says only at fsync or close that it is full."""
+    (tmp_path / "a").write_text("old")
+    real = getattr(os, call)
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        if call == "close":
+            real(*args)
+        raise OSError(error, os.strerror(error))
+
+    for write in (WRITERS["json"], WRITERS["tensors"]):
+        with monkeypatch.context() as patch, pytest.raises(OSError) as e:
+            patch.setattr(disk.os, call, fails)
+            write(tmp_path / "a")
+        assert e.value.errno == error and error in cli.CANNOT_WRITE
+        assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]
+    assert calls
+
+
+def test_what_nothing_depends_on_is_given_up_and_no_old_file_stays(tmp_path, capsys):
+    path = tmp_path / "curve.png"
+    path.write_text("of an earlier end")
+    with disk.go_on_without(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert f"{path} is not written (No space left on device)" in capsys.readouterr().err
+    assert not path.exists()
+    with disk.go_on_without(path):
+        path.write_text("new")
+    assert path.read_text() == "new"
+    with pytest.raises(BlockingIOError), disk.go_on_without(path):
+        raise BlockingIOError(errno.EAGAIN, "another error")
+    assert path.exists()
 
 
 # ---- fingerprint ----------------------------------------------------------------------------------------------------

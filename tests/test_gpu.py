@@ -22,6 +22,7 @@ import model as models
 import quant
 import train
 from data import Data
+from files.run import Run
 from generate import Engine, Sampling, Scheduler
 from speed import compiled, loss, meters, optim
 
@@ -329,6 +330,66 @@ def test_states_of_the_optimiser_take_the_memory_that_they_should(folder_of, kin
     if kind == "paged_adamw8bit":
         state = optimizer.state[built.trained[0]]
         assert any(getattr(t, "is_paged", False) for t in state.values())
+
+
+def step_with(optimizer, p, seed):
+    """One step with a gradient that is the same each time: a backward may add in any order."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    p.grad.copy_(torch.randn(p.shape, device="cuda", generator=g))
+    optimizer.step()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "paged_adamw8bit"])
+def test_a_resumed_paged_optimiser_is_paged_again(folder_of, tmp_path, kind):
+    """The states come back bit for bit, into the kind of memory that they were in, and so does the next step."""
+    built = build(folder_of())
+    (p,) = built.trained
+    optimizer = optim.make_optimizer(kind, [p], CUDA, 1e-3, 0.01)
+    step_with(optimizer, p, 1)
+    run = Run(tmp_path / "out", resume=False)
+    run.save_state(optimizer, built.params, {"step": 1})
+    step_with(optimizer, p, 2)
+
+    other = build(folder_of())
+    (q,) = other.trained
+    resumed = optim.make_optimizer(kind, [q], CUDA, 1e-3, 0.01)
+    before = torch.cuda.memory_allocated()
+    run.load_state(resumed, other.params)
+    took = torch.cuda.memory_allocated() - before
+    step_with(resumed, q, 2)
+    assert torch.equal(p, q)
+    states, again = optimizer.state[p], resumed.state[q]
+    assert states.keys() == again.keys()
+    for name, value in states.items():
+        if not torch.is_tensor(value):
+            assert again[name] == value
+            continue
+        assert torch.equal(value.cpu(), again[name].cpu()) and value.device == again[name].device
+        assert getattr(again[name], "is_paged", False) == getattr(value, "is_paged", False)
+    paged = [name for name, value in again.items() if getattr(value, "is_paged", False)]
+    assert paged == (["state1", "state2"] if kind == "paged_adamw8bit" else [])
+    if kind == "paged_adamw8bit":
+        # Only the scales, two numbers for 256 weights, and the tables are on the card.
+        assert took < 0.1 * q.numel()
+
+
+def test_a_recorded_graph_is_none_the_worse_for_a_bad_step(folder_of):
+    """A nan in a weight goes through all of the graph's memory. With the weight mended its gradient is as before."""
+    built = build(folder_of(), quant="nf4", grad_ckpt=True, cuda_graph=True)
+    (p,) = built.trained
+    for _ in range(3):
+        before = gradients(built)
+    kept = p.data[5].clone()
+    p.data[5] = float("nan")
+    assert not torch.isfinite(backward(built)) and not torch.isfinite(p.grad).all()
+    p.data[5] = kept
+    torch.optim.SGD([p]).zero_grad(set_to_none=False)
+    after = gradients(built)
+    assert len(built.graphs.recorded) == 1
+    for name, gradient in before.items():
+        assert torch.isfinite(after[name]).all()
+        assert (after[name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-12, name
 
 
 def test_cudnn_is_the_kernel_that_is_asked_for(folder_of):

@@ -37,6 +37,7 @@ FILES = {
     "files/tokenizer",
     "files/model_config",
     "files/run",
+    "files/state",
     "files/pictures",
     "files/board",
 }
@@ -58,6 +59,8 @@ BENCHMARKS = {
     "benchmarks/sampling_speed",
     "benchmarks/thousand_prompts",
     "benchmarks/plan_on_card",
+    "benchmarks/kill_and_resume",
+    "benchmarks/watch_memory",
 }
 FLOORS = [
     {"cli"},
@@ -77,6 +80,13 @@ FLOORS = [
     {"train", "sample", "export", "convert", "bench"} | BENCHMARKS,
 ]
 ROOMS = set().union(*FLOORS)
+# What a room may import of its own floor.
+INSIDE_A_FLOOR = {
+    "files/hub": FILES,
+    "files/made_up": FILES,
+    # The folder of a run, and its state: together they would be no file for one evening.
+    "files/run": {"files/state"},
+}
 PACKAGES = ("speed", "files", "benchmarks")
 
 
@@ -84,10 +94,8 @@ def allowed(room):
     """The rooms that a room may import."""
     if room == "files/disk":
         return {"cli"}
-    if room in FILES | SPEED:
-        return {"cli", "files/disk"}
-    if room in {"files/hub", "files/made_up"}:
-        return {"cli", "files/disk"} | FILES
+    if room in FILES | SPEED | {"files/hub", "files/made_up"}:
+        return {"cli", "files/disk"} | INSIDE_A_FLOOR.get(room, set())
     if room == "bench":
         return {"cli", "files/disk", "files/hub", "files/made_up"} | FILES
     if room in BENCHMARKS:

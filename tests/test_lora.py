@@ -18,7 +18,7 @@ from transformers.utils import logging
 import lora
 import model as models
 import quant
-from speed import checkpoint, loss
+from speed import checkpoint, compiled, loss
 
 logging.disable_progress_bar()
 V = 96
@@ -477,7 +477,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(base, dropout):
     results = []
     for checkpointed in (False, True):
         if checkpointed:
-            checkpoint.apply(models.places(model, halves=False), random=dropout > 0)
+            checkpoint.apply(models.places(model, range(2)), random=dropout > 0)
         torch.manual_seed(7)
         model.zero_grad()
         mean_loss(model, tokens()).backward()
@@ -503,7 +503,7 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(
     for block in compiled.layers:
         block.compile(dynamic=True, fullgraph=True)
     if checkpointed:
-        checkpoint.apply(models.places(compiled, halves=False), random=False)
+        checkpoint.apply(models.places(compiled, range(2)), random=False)
     for B, T in ((5, 30), (5, 21), (2, 47), (3, 9)):
         ids = tokens(B, T)
         compiled.zero_grad()
@@ -512,6 +512,63 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(
         assert_near(grads, gradients(eager, ids), 1e-5)
         assert distance(mean_loss(compiled, ids), mean_loss(eager, ids)) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def kept_by_block(model, ids):
+    """(loss, [bytes that autograd keeps of each block beside parameters])"""
+    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found = [{} for _ in model.layers]
+
+    def watch(number):
+        def note(t):
+            if t.data_ptr() not in own:
+                # A view keeps all of the memory that it lies in.
+                found[number][t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        return torch.autograd.graph.saved_tensors_hooks(note, lambda t: t)
+
+    hooks = []
+    for number, block in enumerate(model.layers):
+        context = watch(number)
+        hooks.append(block.register_forward_pre_hook(lambda *_, c=context: c.__enter__()))
+        hooks.append(block.register_forward_hook(lambda *_, c=context: c.__exit__()))
+    total = mean_loss(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return total, [sum(storages.values()) for storages in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("halves", [False, True])
+def test_of_compiled_blocks_those_asked_for_recompute(tmp_path, halves):
+    """Two graphs, or three with halves. The first block keeps its inputs, cos and sin. The others keep what README's
+    section on memory and lora.py list, which is five times as much at these widths and more at real ones."""
+    folder = save_base(tmp_path / "base", num_hidden_layers=3)
+    eager, fast = frozen(folder), frozen(folder)
+    for model in (eager, fast):
+        lora.adapt(model, 4, 8)
+        randomise(model)
+    params = lora.parameters(fast)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    first, others = models.places(fast, range(1), halves), models.places(fast, range(1, 3))
+    compiled.apply(first, others, by_compiler=True, one_length=False)
+    for B, T in ((5, 30), (3, 17)):
+        ids = tokens(B, T)
+        fast.zero_grad()
+        total, (checkpointed, second, third) = kept_by_block(fast, ids)
+        total.backward()
+        grads = {key: p.grad.clone() for key, p in params.items()}
+        assert_near(grads, gradients(eager, ids), 1e-5)
+        assert distance(total, mean_loss(eager, ids)) < 1e-5
+        # fp32: x [B, T, C] of each half or of the block, cos and sin [T, D/2]
+        assert checkpointed == 4 * (B * T * 32 * (1 + halves) + 2 * T * 4)
+        # C = HD = 32, KD = 16, F = 48; beside them u, two scales of norms and flash's logsumexp
+        by_token = 4 * (7 * 32 + 2 * 16 + 3 * 48)
+        assert second == third
+        assert B * T * by_token <= third < 1.35 * B * T * by_token
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 + halves
 
 
 # --- files ---

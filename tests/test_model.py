@@ -257,7 +257,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(tiny, attn):
     wanted = loss_and_gradients(model, ids, ROWS)
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
-    checkpoint.apply(models.places(model, halves=False), random=False)
+    checkpoint.apply(models.places(model, range(2)), random=False)
     assert_same(loss_and_gradients(model, ids, ROWS), wanted)
     assert len(calls) == 2 * len(model.layers)  # each block once more in backward
 
@@ -271,7 +271,7 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_all_lengths(tiny, c
     for block in compiled.layers:
         block.compile(dynamic=True, fullgraph=True)
     if checkpointed:
-        checkpoint.apply(models.places(compiled, halves=False), random=False)
+        checkpoint.apply(models.places(compiled, range(2)), random=False)
     for B, T in ((5, 30), (5, 21), (2, 47), (3, 9)):
         ids, lengths = tokens(B, T), [T, T - 3, T - 1, 2, T][:B]
         assert_same(

@@ -154,3 +154,14 @@ def test_which_flag_decides_how_long_a_run_is(max_steps, epochs, wanted):
 def test_a_length_that_no_run_can_have(max_steps, epochs, flag):
     with pytest.raises(UserError, match=f"--{flag} .* is out of range: it must be at least"):
         optim.check_length(max_steps, epochs)
+
+
+def test_an_optimiser_has_stepped_when_it_has_states():
+    params = two_params()
+    optimizer = torch.optim.AdamW(params, lr=0.1)
+    # A save looks at the state of each parameter, which makes an empty one.
+    assert optimizer.state[params[0]] == {}
+    assert not optim.has_stepped(optimizer)
+    params[0].grad = torch.ones(2, 2)
+    optimizer.step()
+    assert optim.has_stepped(optimizer)

@@ -2,6 +2,7 @@
 
 from cli import UserError
 
+import functools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from conftest import ROOT, make_model
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 
 import lora
@@ -265,6 +267,45 @@ def backward_decodes(once):
 def test_decode_once_lets_backward_share_what_it_dequantises():
     assert backward_decodes(False) == 2
     assert backward_decodes(True) == 1
+
+
+def copies_of_weights(kinds, in_fp8, once=False):
+    """What autograd keeps of a compiled group beside parameters, activations, and A and B cast."""
+    N, R = 7, 6
+    layers = [layer(kind, weight(256, 128), in_fp8) for kind in kinds]
+    adapted = [lora.LoRA(made, R // 2, 2.0) for made in layers]
+    if once:
+        quant.decode_once(torch.nn.ModuleList(adapted))
+    torch._dynamo.reset()
+    # All of inductor's steps up to the two graphs of forward and backward; these run as they are.
+    backend = functools.partial(
+        compile_fx, inner_compile=lambda graph, inputs, **how: make_boxed_func(graph)
+    )
+    project = torch.compile(lora.project, dynamic=True, backend=backend, fullgraph=True)
+    kept = []
+    x = torch.randn(N, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ys = project(x, adapted)
+    assert any(t.shape == x.shape for t in kept), "the input is kept, for dA"
+    sum(y.square().sum() for y in ys).backward()
+    assert x.grad.norm() > 0
+    own = {t.data_ptr() for a in adapted for t in (*a.parameters(), *a.buffers())}
+    return [t for t in kept if t.data_ptr() not in own and t.dim() and not {N, R} & set(t.shape)]
+
+
+@pytest.mark.parametrize(
+    "kinds, in_fp8",
+    [
+        (["nf4", "fp8"], False),
+        pytest.param(["none", "none"], True, marks=pytest.mark.slow),
+        pytest.param(["nf4", "nf4"], True, marks=pytest.mark.slow),
+        pytest.param(["fp8", "fp8"], True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_block_keeps_no_copy_of_a_weight_for_backward(kinds, in_fp8):
+    """No dequantised W, no absmax in fp32, no codes of layers joined. With decode_once W is kept, or its codes are."""
+    assert not copies_of_weights(kinds, in_fp8)
+    assert copies_of_weights(kinds, in_fp8, once=True)
 
 
 def test_a_model_is_quantised_while_it_loads(tmp_path):

@@ -5,10 +5,13 @@ from cli import UserError
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from files import disk
+from files import disk, state
 from files.run import (
     FORMAT,
     MADE_HERE,
@@ -26,6 +29,7 @@ from files.run import (
     Run,
     Stop,
     check_out,
+    how_often,
     read_run,
     refuse_other_flags,
     started_with,
@@ -320,11 +324,13 @@ def test_a_save_that_fails_leaves_the_state_before(saved, monkeypatch):
 
 
 def rewrite(path, change):
-    """The state with `change` done to its tensors and its metadata."""
+    """The state with `change` done to its tensors and its metadata, under a checksum that is right again."""
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
     tensors = load_file(path)
     change(tensors, metadata)
+    covered = {key: metadata[key] for key in metadata.keys() - {"format", "checksum"}}
+    metadata["checksum"] = disk.checksum(tensors, covered)
     save_file(tensors, path, metadata=metadata)
 
 
@@ -360,6 +366,52 @@ def test_a_state_that_is_damaged_or_does_not_fit_is_refused_by_name(saved, damag
     assert "\n" not in str(e.value)
 
 
+def test_no_flipped_bit_of_a_state_passes(saved):
+    """A bit of every fourth byte of the header, where dtypes, step and losses stand, and of bytes of the tensors."""
+    run, _ = saved
+    path = run.folder / STATE
+    whole = path.read_bytes()
+    before, about = state.read_state(path)
+    rng = random.Random(1)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    in_tensors = rng.sample(range(header, len(whole)), 100)
+    for at in [*range(0, header, 4), *in_tensors]:
+        spoilt = bytearray(whole)
+        spoilt[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(spoilt)
+        try:
+            after, other = state.read_state(path)
+        except UserError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+            refused += 1
+            continue
+        # A flip in what is read by nobody, such as the name of the key `checksum`.
+        assert at < header and other == about and before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert refused > header // 4 + 100 - 30
+
+
+def test_a_checksum_is_of_names_dtypes_shapes_bytes_and_texts():
+    whole = {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.int32)}
+    seen = {disk.checksum(whole, {"facts": "1"})}
+    others = [
+        {"a": torch.ones(3, 2)},
+        {"a": torch.ones(2, 3, dtype=torch.float64)},
+        {"b": torch.zeros(4)},
+        {"a": torch.tensor([[1.0, 1, 1], [1, 1, 1.0000001]])},
+        {"b": torch.zeros(4, dtype=torch.uint8)},
+        {"c": torch.zeros(0)},
+    ]
+    seen |= {disk.checksum(whole | other, {"facts": "1"}) for other in others}
+    seen |= {disk.checksum(whole, {"facts": "2"}), disk.checksum(whole, {"run": "1"})}
+    assert len(seen) == 9
+    # It is that of zlib, of the layout that the docstring names: a number of this kind is in every state.
+    text = b"facts 1\na torch.float32 [2, 3]\n" + b"\0\0\x80\x3f" * 6
+    text += b"b torch.int32 [4]\n" + b"\0" * 16
+    assert disk.checksum(whole, {"facts": "1"}) == f"{zlib.crc32(text):08x}"
+
+
 @pytest.mark.parametrize(
     "change", [{"3.bias": torch.ones(1)}, {"0.weight": torch.ones(9, 4)}], ids=["more", "wider"]
 )
@@ -368,6 +420,111 @@ def test_a_state_of_another_model_is_refused_and_the_parameter_named(saved, chan
     _, optimizer, params = toy()
     with pytest.raises(UserError, match=next(iter(change))):
         run.load_state(optimizer, params | change)
+
+
+class PagedAdam(torch.optim.AdamW):
+    """What bitsandbytes' paged optimiser has that a resume needs: its own way to make the buffers of states."""
+
+    is_paged = True
+
+    def get_state_buffer(self, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        buffer.is_paged = p.numel() > 10
+        return buffer
+
+
+def paged_states(params):
+    """States as bitsandbytes' 8-bit optimiser has them: codes of a byte, their scales, a step that is a number."""
+    made = {}
+    for i, p in enumerate(params.values()):
+        codes = torch.arange(p.numel(), dtype=torch.uint8).view(p.shape)
+        made[p] = {"step": 3, "state1": codes, "state2": codes + 1, "absmax1": torch.ones(1) * i}
+    return made
+
+
+def test_a_paged_state_comes_back_into_paged_memory(tmp_path):
+    run, (_, _, params) = Run(tmp_path / "out", resume=False), toy()
+    optimizer = PagedAdam(params.values(), lr=0.05)
+    optimizer.state.update(paged_states(params))
+    run.save_state(optimizer, params, {"step": 3})
+    _, _, fresh_params = toy(seed=5)
+    fresh = PagedAdam(fresh_params.values(), lr=0.05)
+    run.load_state(fresh, fresh_params)
+    for p, before in zip(fresh_params.values(), paged_states(params).values(), strict=True):
+        after = fresh.state[p]
+        assert after.keys() == before.keys() and after["step"] == 3
+        for key in ("state1", "state2", "absmax1"):
+            assert torch.equal(after[key], before[key]) and after[key].dtype == before[key].dtype
+        # The optimiser decides what it pages: not the biases here, and never the scales.
+        for key in ("state1", "state2"):
+            assert after[key].is_paged == (p.numel() > 10)
+        assert not hasattr(after["absmax1"], "is_paged")
+
+
+def test_a_paged_state_of_another_shape_is_refused(tmp_path):
+    run, (_, _, params) = Run(tmp_path / "out", resume=False), toy()
+    optimizer = PagedAdam(params.values(), lr=0.05)
+    optimizer.state.update(paged_states(params))
+    first = next(iter(params.values()))
+    optimizer.state[first]["state1"] = torch.zeros(8, 5, dtype=torch.uint8)
+    run.save_state(optimizer, params, {"step": 3})
+    with pytest.raises(UserError, match=r"state\.safetensors does not fit this model"):
+        run.load_state(optimizer, params)
+
+
+def test_a_state_with_no_numbers_is_not_saved_and_the_one_before_stays(saved):
+    run, _ = saved
+    model, optimizer, params = toy()
+    train(model, optimizer, range(1))
+    run.refuse_to_save_no_numbers(optimizer, params, 4)
+    optimizer.state[params["2.bias"]]["exp_avg_sq"].fill_(float("inf"))
+    with pytest.raises(UserError, match=r"optim\.3\.exp_avg_sq holds nan or inf after step 4, so"):
+        run.refuse_to_save_no_numbers(optimizer, params, 4)
+    params["0.weight"].data[2, 1] = float("nan")
+    with pytest.raises(UserError, match=r"param\.0\.weight holds nan or inf after step 4, so"):
+        run.refuse_to_save_no_numbers(optimizer, params, 4)
+
+
+def test_a_state_is_kept_though_nobody_can_read_its_facts(saved, monkeypatch):
+    """The disk is full after the state, before state.json, which is for people only."""
+    run, _ = saved
+    _, optimizer, params = toy()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "write_json", full)
+    with pytest.raises(OSError):
+        run.save_state(optimizer, params, {"step": 6})
+    assert run.saved_at == 6 and run.load_state(optimizer, params) == {"step": 6}
+
+
+def test_a_save_that_fails_is_not_what_is_kept(saved, monkeypatch):
+    run, _ = saved
+    _, optimizer, params = toy()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "write_tensors", full)
+    with pytest.raises(OSError):
+        run.save_state(optimizer, params, {"step": 6})
+    assert run.saved_at == 3
+
+
+def test_an_error_is_followed_by_what_is_kept(saved, capsys):
+    run, _ = saved
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt), run.telling_what_is_kept():
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    assert (
+        f"{run.out} has the state after step 3. Go on with: python train.py --resume --out" in said
+    )
+    run.saved_at = None
+    with run.telling_what_is_kept():
+        pass
+    assert not capsys.readouterr().err and "no state to go on from yet" in run.kept()
 
 
 # ---- a state and a run.json of the first version -------------------------------------------------------------------
@@ -408,7 +565,7 @@ def test_a_state_of_the_first_version_is_resumed(tmp_path):
 
 
 def test_a_state_has_the_layout_of_the_first_version(tmp_path):
-    """The other way round, so that the test above tests what is written today. Only `run` and `versions` are new."""
+    """The other way round, so that the test above tests what is written today: three keys of the metadata are new."""
     model, optimizer, params = toy()
     train(model, optimizer, range(1))
     table = torch.arange(256.0)  # bitsandbytes' tables: one tensor that all parameters share
@@ -426,7 +583,8 @@ def test_a_state_has_the_layout_of_the_first_version(tmp_path):
     assert all(torch.equal(saved[name], t) for name, t in wanted.items())
     with safe_open(run.folder / "state.safetensors", "pt") as f:
         metadata = f.metadata()
-    assert metadata.keys() == {"format", "facts", "scalars", "shapes", "run", "versions"}
+    new = {"run", "versions", "checksum"}
+    assert metadata.keys() == {"format", "facts", "scalars", "shapes"} | new
     assert json.loads(metadata["facts"]) == {"step": 1}
     assert json.loads(metadata["scalars"]) == {f"{i}.count": 7 for i in range(4)}
     assert json.loads(metadata["shapes"]) == {name: list(t.shape) for name, t in saved.items()}
@@ -481,7 +639,7 @@ def test_a_run_json_that_is_not_a_runs_is_named(tmp_path, content):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_noted_and_the_step_goes_on(number, code, capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with Stop() as stop:
+    with Stop(None) as stop:
         assert stop.signal is None
         signal.raise_signal(number)  # no exception: the step in hand is finished
         assert stop.signal == number and stop.exit_code == code
@@ -489,19 +647,22 @@ def test_a_signal_is_noted_and_the_step_goes_on(number, code, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_it_at_once(second):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), Stop() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        signal.raise_signal(second)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+def test_a_signal_after_the_block_reaches_no_pipe_of_it():
+    """The thread that waits for a second signal ends with the block, and the numbers of its files are free."""
+    handles = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with Stop(None):
+            signal.raise_signal(signal.SIGTERM)
+    until = time.monotonic() + 30
+    while len(os.listdir("/proc/self/fd")) > handles and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(os.listdir("/proc/self/fd")) <= handles
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_handlers_are_restored_after_an_error():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ZeroDivisionError), Stop():
+    with pytest.raises(ZeroDivisionError), Stop(None):
         assert signal.getsignal(signal.SIGTERM) != before[1]
         1 // 0  # noqa: B018 (raised on purpose)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -804,6 +965,8 @@ def test_a_state_with_facts_of_another_version_is_refused(tmp_path):
     run = Run(tmp_path / "out", resume=False)
     with pytest.raises(UserError, match=r"state\.safetensors was saved by another version"):
         resumed(run, mood="good")
+    with pytest.raises(UserError, match=r"state\.safetensors was saved by another version"):
+        resumed(run, step="2")
 
 
 METRICS = {
@@ -848,6 +1011,55 @@ def test_a_first_loss_that_is_no_number_does_not_keep_the_others_out(first):
     facts = Facts()
     assert not facts.judge(first) and facts.best_val is None
     assert facts.judge(2.0) and facts.best_val == 2.0
+
+
+def test_bad_steps_are_counted_and_only_a_step_that_is_taken_ends_a_row():
+    facts = Facts()
+    said = []
+    for is_bad, is_taken in [(1, 0), (1, 0), (0, 0), (1, 0), (0, 1), (1, 0)]:
+        facts.count(is_bad, is_taken)
+        said.append((facts.bad_steps, facts.bad_in_a_row))
+    assert said == [(1, 1), (2, 2), (2, 2), (3, 3), (3, 0), (4, 1)]
+
+
+def test_a_state_of_a_version_without_bad_steps_is_resumed(tmp_path):
+    """resumed() writes facts of three names only."""
+    facts = resumed(Run(tmp_path / "out", resume=False))
+    assert (facts.step, facts.bad_steps, facts.bad_in_a_row) == (2, 0, 0)
+
+
+# ---- when to save ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "every, wanted",
+    [("50", (50, None)), (50, (50, None)), ("10m", (None, 600)), ("0.5m", (None, 30))],
+)
+def test_how_often_a_run_saves(every, wanted):
+    assert how_often(every) == wanted
+
+
+@pytest.mark.parametrize(
+    "every", ["", "0", "-5", "0m", "0.0m", "10h", "m", "ten", "1e3", "nanm", "5.5", "10 m", None]
+)
+def test_what_is_neither_steps_nor_minutes_is_refused(every):
+    with pytest.raises(UserError, match="--save_every .*: give steps or minutes, for example 50"):
+        how_often(every)
+
+
+def test_time_to_save(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    run, (_, optimizer, params) = Run(tmp_path / "out", resume=False), toy()
+    assert [step for step in range(1, 13) if run.is_time_to_save("5", step)] == [5, 10]
+    now[0] += 599
+    assert not run.is_time_to_save("10m", 5)
+    now[0] += 1
+    assert run.is_time_to_save("10m", 5) and not run.is_time_to_save("11m", 5)
+    run.save_state(optimizer, params, {"step": 5})
+    assert not run.is_time_to_save("10m", 6)
+    now[0] += 600
+    assert run.is_time_to_save("10m", 7)
 
 
 # ---- the flags of a resume ------------------------------------------------------------------------------------------
@@ -902,7 +1114,7 @@ def test_epochs_of_a_resume_take_the_place_of_the_steps_before(tmp_path, had, gi
 
 
 def test_a_terminal_that_is_closed_stops_a_run_as_any_signal_does():
-    with Stop() as stop:
+    with Stop(None) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.signal == signal.SIGHUP and stop.exit_code == 129
 
@@ -912,7 +1124,7 @@ def test_a_signal_that_was_ignored_stays_ignored(number):
     """nohup ignores SIGHUP; a shell ignores SIGINT for a program that it starts with &."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with Stop() as stop:
+        with Stop(None) as stop:
             signal.raise_signal(number)
             assert stop.signal is None
         assert signal.getsignal(number) == signal.SIG_IGN

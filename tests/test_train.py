@@ -68,7 +68,7 @@ def base(tiny_model, tiny_recipes, tmp_path):
 def in_a_run(monkeypatch, name, function):
     """Replace a function of job.py, which the loop of train.py calls by the name that it imported."""
     monkeypatch.setattr(jobs, name, function)
-    monkeypatch.setattr(train, name, function)
+    monkeypatch.setattr(train, name, function, raising=False)
 
 
 @pytest.fixture
@@ -121,9 +121,11 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
         "steps",
         "val_loss_before",
         "val_loss_after",
+        "bad_steps",
         "tokens_per_s",
         "peak_mem_gb",
     }
+    assert last["bad_steps"] == 0
     assert last["steps"] == 6 and last["val_loss_after"] < last["val_loss_before"] - 0.3
     assert [line["step"] for line in metrics(out)] == list(range(7))
     assert [line["step"] for line in metrics(out) if "val_loss" in line] == [0, 3, 6]
@@ -150,6 +152,7 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
         ["--no-fused_loss"],
         ["--grad_ckpt"],
         ["--grad_ckpt", "--offload_ckpt"],
+        ["--grad_ckpt", "--ckpt_blocks", 1, "--offload_ckpt"],
         ["--cuda_graph"],  # on a CPU its padding and its accumulation
         ["--cuda_graph", "--no-fused_loss"],
         ["--cuda_graph", "--batch_size", 2, "--grad_accum", 4],
@@ -158,6 +161,14 @@ def test_a_run_learns_and_leaves_what_the_design_promises(base, tmp_path):
         pytest.param(["--compile"], marks=pytest.mark.slow),
         pytest.param(["--compile", "--grad_ckpt"], marks=pytest.mark.slow),
         pytest.param(["--compile", "--grad_ckpt", "--offload_ckpt"], marks=pytest.mark.slow),
+        pytest.param(["--compile", "--grad_ckpt", "--ckpt_blocks", 1], marks=pytest.mark.slow),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--offload_ckpt"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--cuda_graph"], marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -266,8 +277,22 @@ def test_the_loss_that_is_logged_is_transformers_loss(
         pytest.param(
             ["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt"], marks=pytest.mark.slow
         ),
+        pytest.param(
+            ["--quant", "fp8", "--fp8", "--compile", "--grad_ckpt", "--ckpt_blocks", 1],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--quant", "nf4", "--dtype", "fp16", "--compile"], marks=pytest.mark.slow),
-        pytest.param(["--compile", "--grad_ckpt", "--lora_dropout", 0.2], marks=pytest.mark.slow),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--lora_dropout", 0.2],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--lora_r", 0], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--compile", "--grad_ckpt", "--ckpt_blocks", 1, "--batching", "packed"],
+            marks=pytest.mark.slow,
+        ),
         ["--allow_bad", 0.5],
     ],
     ids=str,
@@ -308,10 +333,17 @@ def test_an_embedding_in_host_memory_changes_nothing(base, run, tmp_path, untied
 
 
 @pytest.mark.parametrize(
-    "flags", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=str
+    "flags, wanted",
+    [
+        ([], [3, 2, 1]),
+        (["--ckpt_blocks", 1], [1]),
+        pytest.param(["--compile"], [3, 2, 1], marks=pytest.mark.slow),
+        pytest.param(["--compile", "--ckpt_blocks", 1], [1], marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_each_half_of_a_block_but_the_first_sends_its_input_away_and_back(
-    base, run, tmp_path, monkeypatch, flags
+    base, run, tmp_path, monkeypatch, flags, wanted
 ):
     seen = []
     fetch = offload.Offloader.fetch
@@ -333,7 +365,7 @@ def test_each_half_of_a_block_but_the_first_sends_its_input_away_and_back(
             *flags,
         )
     )
-    assert seen == [3, 2, 1]
+    assert seen == wanted
 
 
 def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
@@ -343,7 +375,7 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
     make_linear = quant.make_linear("none")
     model = models.load(make_model(tmp_path / "m", layers=4), make_linear=make_linear)
     lora.adapt(model, 4, 8)
-    places = models.places(model, halves=True)
+    places = models.places(model, range(4), halves=True)
     checkpoint.apply(places, random=False)
     offload.apply(places, torch.device("cpu"))
     inputs = []
@@ -358,10 +390,19 @@ def test_offloaded_inputs_are_not_held_by_anything_else(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags, blocks", [(["--grad_ckpt"], 1), (["--grad_ckpt", "--offload_ckpt"], 2), ([], 1)]
+    "flags, blocks",
+    [
+        (["--grad_ckpt"], 1),
+        (["--grad_ckpt", "--offload_ckpt"], 2),
+        ([], 1),
+        (["--grad_ckpt", "--ckpt_blocks", 1], 2),
+        (["--grad_ckpt", "--ckpt_blocks", 1, "--offload_ckpt"], 3),
+        (["--grad_ckpt", "--ckpt_blocks", 1, "--lora_dropout", 0.1], 1),
+    ],
 )
 def test_training_and_evaluation_share_the_graphs_of_a_block(base, run, tmp_path, flags, blocks):
-    """One of a block (or of each half), and one of a chunk of the loss with gradients and perhaps one without."""
+    """One of a block (or of each half) and of a block that recomputes nothing, and one of a chunk of the loss with
+    gradients and perhaps one without. Where torch.utils.checkpoint recomputes, all blocks are compiled alike."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     code, _, err = run(*base, "--out", tmp_path / "out", "--compile", *flags)
@@ -404,7 +445,7 @@ def test_an_overflow_in_fp16_is_skipped_once_and_training_goes_on(base, run, tmp
 def test_a_run_in_fp16_that_stops_before_its_first_step_keeps_its_loss_scale(
     base, run, tmp_path, monkeypatch
 ):
-    evaluate = train.evaluate
+    evaluate = jobs.evaluate
 
     def signalled(job):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -490,7 +531,11 @@ def test_init_adapter_begins_where_the_other_ended(base, run, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
     "more",
-    [["--lora_dropout", 0.1], ["--lora_dropout", 0.1, "--optim", "adamw8bit"], ["--cuda_graph"]],
+    [
+        ["--lora_dropout", 0.1],
+        ["--lora_dropout", 0.1, "--optim", "adamw8bit"],
+        ["--cuda_graph"],
+    ],
     ids=str,
 )
 def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(
@@ -524,6 +569,74 @@ def test_stopped_and_resumed_in_mid_epoch_is_bit_for_bit_the_same_run(
     assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
     for name in ("adapter_model.safetensors", "best/adapter_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def stop_after(monkeypatch, *steps):
+    """Send a SIGTERM when one of these steps is logged. -> a function that sends none any more"""
+    log = train.Run.log
+
+    def log_and_signal(self, line):
+        log(self, line)
+        if line["step"] in steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Run, "log", log_and_signal)
+    return lambda: monkeypatch.setattr(train.Run, "log", log)
+
+
+def test_a_packed_plan_and_a_loss_scale_survive_a_resume(base, run, tmp_path, monkeypatch):
+    """Stopped after step 2 of a run in fp16 whose first step overflowed; saved by the clock, too."""
+    flags = [*base, "--max_steps", 4, "--eval_every", 4, "--dtype", "fp16", "--batching", "packed"]
+    flags += ["--batch_tokens", 300, "--optim", "paged_adamw8bit", "--save_every", "0.001m"]
+    for name, stops in (("whole", []), ("cut", [2])):
+        with monkeypatch.context() as patch:
+            PLANT["gradient"](patch, [1])
+            undo = stop_after(patch, *stops)
+            how = flags
+            if stops:
+                assert run(*flags, "--out", tmp_path / name)[0] == 143
+                how = ["--resume"]
+            undo()
+            ok(run(*how, "--out", tmp_path / name))
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    states = [(tmp_path / name / "state.json").read_text() for name in ("cut", "whole")]
+    assert states[0] == states[1] and json.loads(states[0])["loss_scale"] == 32768
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_patience_and_best_loss_survive_a_resume(base, run, tmp_path, monkeypatch):
+    """Held-out losses 3, 1, 2, 2, 2 …: the third one that is no better ends the run, wherever it was stopped."""
+    flags = [*base, "--max_steps", 50, "--eval_every", 2, "--patience", 3]
+    for name, stops in (("whole", []), ("cut", [3, 5, 6])):
+        values = iter([3.0, 1.0, *[2.0] * 20])
+        monkeypatch.setattr(train.quality, "held_out_loss", lambda *a, values=values: next(values))
+        undo = stop_after(monkeypatch, *stops)
+        how = flags
+        for _ in stops:
+            assert run(*how, "--out", tmp_path / name)[0] == 143
+            how = ["--resume"]
+        code, out, err = run(*how, "--out", tmp_path / name)
+        undo()
+        assert code == 0 and json.loads(out.splitlines()[-1])["steps"] == 8, err
+    facts = [json.loads((tmp_path / n / "state.json").read_text()) for n in ("whole", "cut")]
+    assert facts[0] == facts[1]
+    assert (facts[0]["best_val"], facts[0]["best_step"], facts[0]["without_progress"]) == (1, 2, 3)
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+
+
+def test_a_run_of_a_version_that_saved_every_so_many_steps_is_resumed(base, run, tmp_path):
+    """run.json has a number there; a resume may ask for minutes, and for another --max_bad_steps."""
+    out = tmp_path / "out"
+    ok(run(*base, "--out", out))
+    about = json.loads((out / "run.json").read_text())
+    about["config"]["save_every"] = 50
+    del about["config"]["max_bad_steps"]
+    (out / "run.json").write_text(json.dumps(about))
+    ok(run("--resume", "--out", out, "--max_steps", 8))
+    assert json.loads((out / "run.json").read_text())["config"]["save_every"] == 50
+    ok(run("--resume", "--out", out, "--max_steps", 9, "--save_every", "2m", "--max_bad_steps", 3))
+    assert json.loads((out / "state.json").read_text())["step"] == 9
 
 
 def test_a_killed_run_goes_on_from_its_last_save(base, run, tmp_path):
@@ -587,7 +700,7 @@ def test_stopped_before_the_first_step_it_starts_over_without_a_trace(
     base, run, tmp_path, monkeypatch
 ):
     ok(run(*base, "--out", tmp_path / "whole"))
-    evaluate = train.evaluate
+    evaluate = jobs.evaluate
     in_a_run(
         monkeypatch, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), evaluate(*a))[1]
     )
@@ -628,7 +741,7 @@ def test_a_resume_with_another_base_or_heap_is_refused(base, run, tmp_path):
     heap = write_jsonl(tmp_path / "other.jsonl", made_recipes(60, seed=4))
     for flag in ("--data", "--val_data"):
         code, _, err = run("--resume", "--out", tmp_path / "out", "--max_steps", 9, flag, heap)
-        assert code == 2 and "the data is not the one" in err
+        assert code == 2 and "the data (or its tokenizer) is not the one" in err
     code, _, err = run(
         "--resume",
         "--out",
@@ -660,6 +773,9 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
         (["--learning_rate", 1], "learning_rate"),
         (["--lr", "fast"], "lr"),
         (["--batch_size", 0], "--batch_size"),
+        (["--save_every", "0"], "--save_every 0: give steps or minutes"),
+        (["--save_every", "10s"], "--save_every 10s: give steps or minutes"),
+        (["--max_bad_steps", 0], "--max_bad_steps"),
         (["--lr", "nan"], "--lr"),
         (["--attn", "quick"], "attn"),
         (["--max_len", 5000], "--max_len"),
@@ -679,6 +795,9 @@ def test_an_old_run_is_renamed_and_kept(base, run, tmp_path):
         (["--fp8", "--lora_r", 0], "--lora_r 0"),
         (["--dtype", "fp16", "--lora_r", 0], "--lora_r 0"),
         (["--offload_ckpt"], "--grad_ckpt"),
+        (["--ckpt_blocks", 1], "--grad_ckpt"),
+        (["--grad_ckpt", "--ckpt_blocks", -1], "--ckpt_blocks -1"),
+        (["--grad_ckpt", "--ckpt_blocks", 3], "--ckpt_blocks 3: this model has 2 blocks"),
         (["--cuda_graph", "--lora_r", 0], "--cuda_graph"),
         (["--cuda_graph", "--lora_dropout", 0.1], "--cuda_graph"),
         (["--cuda_graph", "--grad_ckpt", "--offload_ckpt"], "--cuda_graph"),
@@ -744,11 +863,191 @@ def test_a_heap_smaller_than_a_batch_trains_and_says_so(base, run, tmp_path):
     assert code == 0 and "a step wants 8 recipes and there are 3" in err
 
 
-def test_a_loss_that_is_no_number_stops_the_run(base, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss, "chunked", lambda h, *a, **k: h.sum() * float("nan"))
-    in_a_run(monkeypatch, "evaluate", lambda *a: 1.0)
-    code, _, err = run(*base, "--out", tmp_path / "out")
-    assert code == 2 and "the loss is nan at step 1" in err
+# --- steps whose loss or gradient is no number ---
+
+
+def plant_in_loss(monkeypatch, steps):
+    """In these steps the loss of the first micro-batch is nan, and so are its gradients."""
+    chunked = loss.chunked
+    made = []
+
+    def planted(h, *args, **more):
+        total = chunked(h, *args, **more)
+        if not h.requires_grad:
+            return total
+        made.append(1)
+        return total * float("nan") if len(made) in steps else total
+
+    monkeypatch.setattr(loss, "chunked", planted)
+
+
+def plant_in_gradient(monkeypatch, steps):
+    """In these steps one number of the gradient is infinite; the loss is not."""
+    clip = optim.clip
+    made = []
+
+    def planted(trained, *args):
+        made.append(1)
+        if len(made) in steps:
+            trained[0].grad.view(-1)[5] = float("inf")
+        return clip(trained, *args)
+
+    monkeypatch.setattr(optim, "clip", planted)
+
+
+PLANT = {"loss": plant_in_loss, "gradient": plant_in_gradient}
+
+
+def contents(job):
+    """Copies of all that a step may change."""
+    weights = [p.detach().clone() for p in job.built.trained]
+    states = [
+        {k: v.clone() if torch.is_tensor(v) else v for k, v in job.optimizer.state[p].items()}
+        for p in job.built.trained
+    ]
+    return weights, states
+
+
+def are_same(before, after):
+    weights, states = zip(before, after, strict=True)
+    for one, other in zip(*states, strict=True):
+        assert one.keys() == other.keys() and one
+        for key, value in one.items():
+            same = torch.equal(value, other[key]) if torch.is_tensor(value) else value == other[key]
+            if not same:
+                return False
+    return all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("where", PLANT)
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--optim", "adamw8bit"], ["--cuda_graph"], ["--lora_r", 0], ["--dtype", "fp16"]],
+    ids=str,
+)
+def test_a_bad_step_changes_nothing(base, run, tmp_path, monkeypatch, where, flags):
+    """Weights, moments and step counts stay as they are, bit for bit; the next steps train with finite gradients."""
+    one_step = train.one_step
+    seen = []
+
+    def watched(job, batches, lr):
+        before = contents(job)
+        loss_now, norm, fate = one_step(job, batches, lr)
+        rows = [int(i) for b in batches for i in b.rows]
+        is_same = bool(before[1][0]) and are_same(before, contents(job))
+        zero = all(p.grad is None or not p.grad.any() for p in job.built.trained)
+        seen.append((fate, is_same, zero, rows))
+        return loss_now, norm, fate
+
+    monkeypatch.setattr(train, "one_step", watched)
+    PLANT[where](monkeypatch, [3])
+    code, out, err = run(*base, "--out", tmp_path / "out", *flags)
+    assert code == 0, err
+    is_overflow = where == "gradient" and "fp16" in flags
+    assert [fate for fate, *_ in seen] == [
+        *("taken", "taken", "overflow" if is_overflow else "bad", "taken", "taken", "taken")
+    ]
+    assert [same for _, same, *_ in seen] == [False, False, True, False, False, False]
+    assert all(zero for _, _, zero, _ in seen)
+    lines = metrics(tmp_path / "out")[1:]
+    assert [line["grad_norm"] is None for line in lines] == [i == 2 for i in range(6)]
+    assert [line["loss"] is None for line in lines] == [
+        i == 2 and where == "loss" for i in range(6)
+    ]
+    last = json.loads(out.splitlines()[-1])
+    assert last["val_loss_after"] < last["val_loss_before"]
+    assert last["bad_steps"] == (not is_overflow)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["bad_steps"] == last["bad_steps"]
+    assert [line.get("bad_rows") for line in lines] == [
+        seen[2][3] if i == 2 and not is_overflow else None for i in range(6)
+    ]
+    if not is_overflow:
+        first = ", ".join(str(i) for i in seen[2][3][:8])
+        assert re.search(rf"bad step +3 is skipped: loss .* \(recipes {first} …\); 1 in a row", err)
+    scale = json.loads((tmp_path / "out/state.json").read_text())["loss_scale"]
+    assert scale == (32768 if is_overflow else 65536 if "fp16" in flags else 1)
+
+
+def test_bad_steps_in_a_row_end_a_run_that_can_go_on(base, run, tmp_path, monkeypatch):
+    """Bad are 2, 3, 5, 6, 7: with --max_bad_steps 3 the run ends after step 7. No number of its state is none."""
+    out = tmp_path / "out"
+    flags = [*base, "--max_steps", 9, "--max_bad_steps", 3, "--eval_every", 5, "--save_every", 100]
+    with monkeypatch.context() as patch:
+        PLANT["loss"](patch, [2, 3, 5, 6, 7])
+        code, said, err = run(*flags, "--out", out)
+    assert code == 2 and not said.startswith("{") and "Traceback" not in err
+    assert (
+        "3 steps in a row had a loss or a gradient that is nan or infinite" in err.splitlines()[-1]
+    )
+    assert "lower --lr" in err.splitlines()[-1]
+    assert "has the state after step 7. Go on with: python train.py --resume" in err
+    facts = json.loads((out / "state.json").read_text())
+    assert (facts["step"], facts["bad_steps"], facts["bad_in_a_row"]) == (7, 5, 3)
+    assert all(t.isfinite().all() for t in load_file(out / "adapter_model.safetensors").values())
+    code, said, err = run("--resume", "--out", out)
+    assert code == 0 and json.loads(said.splitlines()[-1])["bad_steps"] == 5, err
+    assert [line["step"] for line in metrics(out) if line.get("bad_rows")] == [2, 3, 5, 6, 7]
+
+
+def test_a_run_that_never_makes_a_step_is_not_told_to_lower_its_learning_rate(
+    base, run, tmp_path, monkeypatch
+):
+    PLANT["loss"](monkeypatch, range(1, 20))
+    code, _, err = run(*base, "--out", tmp_path / "out", "--max_bad_steps", 4)
+    last = err.splitlines()[-1]
+    assert code == 2 and "4 steps in a row" in last and "no weight was changed before" in last
+    assert "--lr" not in last and len(losses_of_all(tmp_path / "out")) == 4
+
+
+def losses_of_all(out):
+    return [line["loss"] for line in metrics(out)[1:]]
+
+
+def test_an_overflow_that_no_scale_helps_is_a_bad_step(base, run, tmp_path, monkeypatch):
+    """fp16: two overflows halve the scale, then it is below the smallest, and three bad steps end the run."""
+    monkeypatch.setattr(precision.LossScale, "SMALLEST", 2.0**15)
+    PLANT["gradient"](monkeypatch, range(2, 20))
+    flags = ["--dtype", "fp16", "--max_steps", 20, "--max_bad_steps", 3, "--out", tmp_path / "out"]
+    code, _, err = run(*base, *flags)
+    assert code == 2 and err.count("overflow ") == 2 and err.count("bad step ") == 3
+    facts = json.loads((tmp_path / "out/state.json").read_text())
+    assert (facts["step"], facts["loss_scale"], facts["bad_steps"]) == (6, 2.0**14, 3)
+
+
+@pytest.mark.parametrize("save_every, kept", [(100, None), (3, 3)])
+def test_a_weight_that_is_no_number_is_never_saved(
+    base, run, tmp_path, monkeypatch, save_every, kept
+):
+    """After step 4 a number of the adapter is nan: each step is bad, and what was saved before stays."""
+    out = tmp_path / "out"
+    one_step = train.one_step
+
+    def planted(job, *args):
+        got = one_step(job, *args)
+        if job.facts.step == 3:
+            job.built.trained[0].data[7] = float("nan")
+        return got
+
+    monkeypatch.setattr(train, "one_step", planted)
+    flags = ["--max_steps", 30, "--max_bad_steps", 4, "--save_every", save_every, "--eval_every", 3]
+    code, _, err = run(*base, *flags, "--out", out)
+    last = err.splitlines()[-1]
+    assert code == 2 and "Traceback" not in err
+    # At the next save, or when --max_bad_steps are reached.
+    at = 6 if kept else 8
+    assert re.search(rf"param\..* holds nan or inf after step {at}, so nothing was saved", last)
+    assert "bad step     5 is skipped: loss nan" in err
+    best = load_file(out / "best/adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in best.values())
+    if kept is None:
+        assert "holds no state to go on from yet" in err
+        assert not (out / "adapter_model.safetensors").exists()
+        return
+    assert f"has the state after step {kept}. Go on with" in err
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in adapter.values())
+    monkeypatch.setattr(train, "one_step", one_step)
+    ok(run("--resume", "--out", out, "--max_steps", 7))
 
 
 def test_a_lora_that_gets_no_gradient_is_found(base, run, tmp_path, monkeypatch):
@@ -1048,6 +1347,8 @@ def test_out_of_memory_in_an_evaluation_is_a_sentence(
     assert code == 2 and "out of memory while the held-out loss was measured" in err
     assert "By the plan the largest parts are" in err and "these take less: " in err
     assert "Traceback" not in err and len(calls) == when
+    # The steps before the evaluation are saved, so a resume begins behind them.
+    assert ("has the state after step" in err) == (when == 2)
 
 
 def test_a_tied_head_that_is_stored_and_another_is_refused(base, run, tmp_path):
@@ -1102,7 +1403,7 @@ def test_nothing_of_a_recipe_that_failed_stays_in_memory(base, run, tmp_path, mo
         # One of the list above would keep its traceback, and with it the cache.
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    evaluate = train.evaluate
+    evaluate = jobs.evaluate
 
     def watched(job):
         alive.append(sum(ref() is not None for ref in caches))

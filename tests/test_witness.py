@@ -285,6 +285,14 @@ def test_grad_ckpt_computes_each_block_again_and_keeps_little(runs):
     assert kept_bytes(again) < 0.3 * kept_bytes(plain)
 
 
+def test_ckpt_blocks_recompute_the_first_blocks_only(runs):
+    """Of two blocks the first: one block's SwiGLU a step is computed again, half of the memory is given up."""
+    plain, every, one = runs(), runs("--grad_ckpt"), runs("--grad_ckpt", "--ckpt_blocks", 1)
+    assert same_losses(one, plain)
+    assert one.count("silu.default") == plain.count("silu.default") + STEPS
+    assert 2 * kept_bytes(one) == kept_bytes(plain) + kept_bytes(every)
+
+
 def copies(run):
     """Copies of an input of half a block, [B, T, C]."""
     shapes = [op.shape for op in run.ops if "aten.copy_.default" in op.name]
