@@ -237,12 +237,15 @@ def compared(cell, plan, measured):
 
 # --- --fit ---
 
-BATCH = ("8b", 32, 256)
 ALLOW = "quant,fp8,batch"
 ROWS = {
     "row 2": "--quant nf4 --grad_ckpt --offload_ckpt --attn cudnn --fp8",
     "row 4": "--quant nf4 --grad_ckpt --cuda_graph --fp8",
 }
+
+
+def cell_of(flags, rows=32):
+    return "8b", rows, 256, flags
 
 
 def measure_fit(room, root, cache, card):
@@ -255,14 +258,14 @@ def measure_fit(room, root, cache, card):
     # CUDA's context is outside what torch allocates.
     torch.cuda.set_per_process_memory_fraction((room * 1e9 - card.context) / total)
     usual = "--optim adamw8bit"
-    ways = {"fit": (*BATCH, f"{usual} --fit {room:g} --allow {ALLOW}")}
-    plan = plan_of((*BATCH, usual), root, cache, card)
+    ways = {"fit": cell_of(f"{usual} --fit {room:g} --allow {ALLOW}")}
+    plan = plan_of(cell_of(usual), root, cache, card)
     best = fit.ranked(plan, room * 1e9, ALLOW)
     for number, (flags, _) in enumerate(best[1:6], 2):
-        ways[f"plan {number}"] = (*BATCH, f"{usual} {fit.written(flags)}")
+        ways[f"plan {number}"] = cell_of(f"{usual} {fit.written(flags)}")
     for name, flags in ROWS.items():
         for rows in (16, 32, 64):
-            ways[f"{name}, batch {rows}"] = ("8b", rows, 256, f"{usual} {flags}")
+            ways[f"{name}, batch {rows}"] = cell_of(f"{usual} {flags}", rows)
     for name, cell in ways.items():
         yield {"room_gb": room, "way": name, "flags": cell[3]} | measure(cell, root, cache)
     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -300,10 +303,14 @@ def card_of(before):
     return rate.measured(torch.device("cuda"), shape, fp8=True)
 
 
+def tuple_of(row):
+    return row["shape"], *row["batch"], row["flags"]
+
+
 def plan_again(rows, card, cfg, root):
     """--read: rows of the settings that were measured before."""
     for row in rows:
-        cell = (row["shape"], *row["batch"], row["flags"])
+        cell = tuple_of(row)
         yield compared(cell, planned(cell, root, cfg.cache, card), row)
 
 

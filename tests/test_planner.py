@@ -221,6 +221,13 @@ def test_without_a_tokenizer_rows_are_full_whatever_the_batch(plan, config_alone
     assert found["batch"] == [2, 8]
 
 
+def test_recipes_without_a_tokenizer_have_no_lengths(plan, config_alone):
+    """A folder has no tokenizer to fetch, so recipes that are named are not read."""
+    found, said = plan("--max_len", 100, model=config_alone())
+    assert found["batch"] == [2, 99]
+    assert "without a tokenizer and recipes every row is taken as --max_len 100 long" in said
+
+
 def test_a_model_that_is_no_llama_is_refused(plan, config_alone):
     model = config_alone(architectures=["GPT2LMHeadModel"], model_type="gpt2")
     _, said = plan(model=model, recipes=(), code=2)
