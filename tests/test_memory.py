@@ -329,9 +329,9 @@ def test_an_eager_block_keeps_what_the_plan_says(build, flags):
 
 def test_attention_before_ampere_keeps_scores_in_fp32(build):
     """PyTorch's own path without a kernel, which a card takes where flash has none."""
+    one, _, _ = build(1, dtype="fp16")
+    three, shape, planned = build(3, dtype="fp16")
     with sdpa_kernel(SDPBackend.MATH):
-        one, _, _ = build(1, dtype="fp16")
-        three, shape, planned = build(3, dtype="fp16")
         real = (kept(three) - kept(one)) / 2
     assert memory.kept_of_a_block(shape, replace(planned, attn="math")) == real
 
