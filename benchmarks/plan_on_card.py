@@ -279,7 +279,8 @@ def measure_fit(room, root, cache, card):
                 rows=rows, flags=f"{usual.flags} {flags}"
             )
     for name, cell in ways.items():
-        yield {"room_gb": room, "way": name, "flags": cell.flags} | measure(cell, root, cache)
+        row = {"room_gb": room, "way": name, "rows": cell.rows, "flags": cell.flags}
+        yield row | measure(cell, root, cache)
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
