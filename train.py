@@ -331,7 +331,7 @@ def fitted(cfg, data_cfg, rules, config, lengths, device):
     cfg = replace(chosen.cfg, fit=0, allow="")
     check(cfg, chosen.data_cfg)
     say("fit", fit.command_line("python train.py", cfg, chosen.data_cfg, rules))
-    if cfg.compile:
+    if chosen.work.compile:
         compiled.start_compiler()
     return cfg, chosen.data_cfg
 

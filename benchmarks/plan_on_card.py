@@ -33,6 +33,7 @@ import statistics
 import subprocess
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,15 +61,26 @@ class Config:
     # fmt: on
 
 
+class Cell(NamedTuple):
+    """A setting."""
+
+    shape: str
+    rows: int
+    tokens: int  # of a row
+    flags: str  # of train.py
+
+
 EXTRA = [
-    ("8b", 32, 256, "--quant nf4 --grad_ckpt --fp8"),
-    ("8b", 32, 256, "--quant fp8 --fp8 --optim adamw8bit"),
-    ("8b", 32, 256, "--quant nf4 --grad_ckpt --fp8 --offload_ckpt --optim adamw8bit --attn cudnn"),
-    ("8b", 2, 2048, "--quant nf4 --grad_ckpt --offload_ckpt --offload_embed --optim adamw8bit"),
-    ("8b", 32, 256, "--quant nf4 --grad_ckpt --fp8 --cuda_graph --optim adamw8bit"),
-    ("8b", 32, 256, "--quant fp8 --fp8 --grad_ckpt --ckpt_blocks 16"),
-    ("1b", 2, 2048, "--quant nf4 --grad_ckpt --fp8 --cuda_graph"),
-    ("1b", 32, 256, "--fp8 --grad_ckpt"),
+    Cell("8b", 32, 256, "--quant nf4 --grad_ckpt --fp8"),
+    Cell("8b", 32, 256, "--quant fp8 --fp8 --optim adamw8bit"),
+    Cell(
+        "8b", 32, 256, "--quant nf4 --grad_ckpt --fp8 --offload_ckpt --optim adamw8bit --attn cudnn"
+    ),
+    Cell("8b", 2, 2048, "--quant nf4 --grad_ckpt --offload_ckpt --offload_embed --optim adamw8bit"),
+    Cell("8b", 32, 256, "--quant nf4 --grad_ckpt --fp8 --cuda_graph --optim adamw8bit"),
+    Cell("8b", 32, 256, "--quant fp8 --fp8 --grad_ckpt --ckpt_blocks 16"),
+    Cell("1b", 2, 2048, "--quant nf4 --grad_ckpt --fp8 --cuda_graph"),
+    Cell("1b", 32, 256, "--fp8 --grad_ckpt"),
 ]
 
 
@@ -78,9 +90,9 @@ def cells_of(cfg):
     if "main" in cfg.cells:
         ways = itertools.product(cfg.shapes, ["", "--quant nf4"], ["", "--grad_ckpt"], BATCHES)
         for shape, quant, ckpt, (rows, tokens) in ways:
-            cells.append((shape, rows, tokens, f"{quant} {ckpt}".strip()))
+            cells.append(Cell(shape, rows, tokens, f"{quant} {ckpt}".strip()))
     if "extra" in cfg.cells:
-        cells += [cell for cell in EXTRA if cell[0] in cfg.shapes]
+        cells += [cell for cell in EXTRA if cell.shape in cfg.shapes]
     return cells
 
 
@@ -156,12 +168,13 @@ def compile_only(cfg, root):
     own = root / f"warm-{cfg.shapes[0]}"
     own.mkdir(exist_ok=True)
     shutil.rmtree(own / "out", ignore_errors=True)
-    for shape, _, _, flags in dict.fromkeys((cell[0], 2, 2048, cell[3]) for cell in cells_of(cfg)):
-        link = own / shape
+    small = [cell._replace(rows=2, tokens=2048) for cell in cells_of(cfg)]
+    for cell in dict.fromkeys(small):
+        link = own / cell.shape
         if not link.exists():
-            link.symlink_to(root / shape)
+            link.symlink_to(root / cell.shape)
         with contextlib.suppress(UserError):
-            call(words_of((shape, 2, 2048, flags), own, cfg.cache, steps=2))
+            call(words_of(cell, own, cfg.cache, steps=2))
 
 
 def measure(cell, root, cache):
@@ -244,10 +257,6 @@ ROWS = {
 }
 
 
-def cell_of(flags, rows=32):
-    return "8b", rows, 256, flags
-
-
 def measure_fit(room, root, cache, card):
     """Yield what is printed for a card of `room` GB: what --fit chooses, the next five, rows 2 and 4."""
     import torch
@@ -257,17 +266,21 @@ def measure_fit(room, root, cache, card):
     total = torch.cuda.get_device_properties(0).total_memory
     # CUDA's context is outside what torch allocates.
     torch.cuda.set_per_process_memory_fraction((room * 1e9 - card.context) / total)
-    usual = "--optim adamw8bit"
-    ways = {"fit": cell_of(f"{usual} --fit {room:g} --allow {ALLOW}")}
-    plan = plan_of(cell_of(usual), root, cache, card)
+    usual = Cell("8b", 32, 256, "--optim adamw8bit")
+    chosen = f"{usual.flags} --fit {room:g} --allow {ALLOW}"
+    ways = {"fit": usual._replace(flags=chosen)}
+    plan = plan_of(usual, root, cache, card)
     best = fit.ranked(plan, room * 1e9, ALLOW)
     for number, (flags, _) in enumerate(best[1:6], 2):
-        ways[f"plan {number}"] = cell_of(f"{usual} {fit.written(flags)}")
+        ways[f"plan {number}"] = usual._replace(flags=f"{usual.flags} {fit.written(flags)}")
     for name, flags in ROWS.items():
         for rows in (16, 32, 64):
-            ways[f"{name}, batch {rows}"] = cell_of(f"{usual} {flags}", rows)
+            ways[f"{name}, batch {rows}"] = usual._replace(
+                rows=rows, flags=f"{usual.flags} {flags}"
+            )
     for name, cell in ways.items():
-        yield {"room_gb": room, "way": name, "flags": cell[3]} | measure(cell, root, cache)
+        row = {"room_gb": room, "way": name, "rows": cell.rows, "flags": cell.flags}
+        yield row | measure(cell, root, cache)
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -303,14 +316,10 @@ def card_of(before):
     return rate.measured(torch.device("cuda"), shape, fp8=True)
 
 
-def tuple_of(row):
-    return row["shape"], *row["batch"], row["flags"]
-
-
 def plan_again(rows, card, cfg, root):
     """--read: rows of the settings that were measured before."""
     for row in rows:
-        cell = tuple_of(row)
+        cell = Cell(row["shape"], *row["batch"], row["flags"])
         yield compared(cell, planned(cell, root, cfg.cache, card), row)
 
 
