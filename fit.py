@@ -259,7 +259,7 @@ def alternatives(plan):
     if cfg.optim == "adamw":
         tried["--optim adamw8bit"] = {"optim": "adamw8bit"}
     if plan.card.is_gpu and cfg.grad_ckpt and not cfg.cuda_graph:
-        tried["--offload_ckpt"] = {"offload_ckpt": True, "ckpt_blocks": 0}
+        tried["--offload_ckpt"] = {"offload_ckpt": True}
     return tried | of_weights(plan) | of_batches(plan)
 
 

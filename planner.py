@@ -20,7 +20,7 @@ import torch
 import data
 import lora
 from files import disk
-from speed import memory, precision, rate
+from speed import checkpoint, memory, precision, rate
 
 # --- 1. a run in numbers ---
 
@@ -142,6 +142,13 @@ class Plan:
         """Bytes of the card."""
         return memory.needed(self.peak, self.card.context)
 
+    @property
+    def host(self):
+        """Bytes of host memory."""
+        if not self.card.is_gpu:
+            return self.needed
+        return sum(memory.of_host(self.shape, self.work).values())
+
     @functools.cached_property
     def tokens_per_s(self):
         """Real tokens a second: those of some micro-batches, evenly spread over the epoch, over their seconds."""
@@ -179,6 +186,7 @@ class Plan:
 def of_run(config, cfg, data_cfg, lengths, steps, card):
     """The Plan of a run. config: model.ModelConfig. lengths: tokens of each recipe; None: of a run without data"""
     shape = shape_of(config)
+    checkpoint.check(shape.L, cfg.ckpt_blocks)
     note = ""
     if lengths is None:
         note = f", because without a tokenizer and recipes every row is taken as --max_len {data_cfg.max_len} long"
@@ -274,8 +282,7 @@ def table(plan, at):
     )
     kept = [f"{way} {size:.2f}" for way, size in ways_to_keep(plan).items()]
     lines.append(f"{'':>8}  kept from forward to backward: {', '.join(kept)}")
-    host = sum(memory.of_host(shape, work).values())
-    lines += ["", f"{host / 1e9:8.2f}  host memory", ""]
+    lines += ["", f"{plan.host / 1e9:8.2f}  host memory", ""]
     lines.append(
         f"{plan.needed / 1e9:8.2f}  needed of a card: with CUDA's context and what torch cannot use"
     )
@@ -310,15 +317,14 @@ def fits(plan):
 
 def as_json(plan, at):
     gigabytes = {name: round(size / 1e9, 4) for name, size in at.parts.items() if size}
-    host = memory.of_host(plan.shape, plan.work)
     return {
-        "peak_gb": round(at.bytes / 1e9, 3),
+        "peak_gb": round(at.bytes / 1e9, 4),
         "moment": at.moment,
         "parts": gigabytes,
         "moments": {name: round(size / 1e9, 3) for name, size in at.moments.items()},
         "kept": {name: round(size, 3) for name, size in ways_to_keep(plan).items()},
         "loading_gb": round(at.loading / 1e9, 3),
-        "host_gb": round(sum(host.values()) / 1e9, 3),
+        "host_gb": round(plan.host / 1e9, 3),
         "needed_gb": round(plan.needed / 1e9, 3),
         "fits": fits(plan),
         "card": plan.card.name,

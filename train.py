@@ -16,6 +16,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -299,8 +300,11 @@ def show_plan(cfg, data_cfg, rules):
     """--plan: print what the run takes, before any weight is read. -> the exit code"""
     device = precision.pick_device(cfg.device)
     cache = disk.cache_folder(data_cfg.cache)
-    # Lengths of recipes need a tokenizer. Without --data one small file of a hub's model is enough.
-    needs = "tokenizer" if data_cfg.data else "config"
+    # Lengths of recipes need a tokenizer. Without --data one small file of a hub's model is enough, and a folder has
+    # what it has.
+    needs = "config"
+    if data_cfg.data and not Path(data_cfg.model).is_dir():
+        needs = "tokenizer"
     base = hub.resolve(data_cfg.model, cache, needs)
     config = models.read_config(base)
     lengths = None

@@ -344,24 +344,22 @@ def test_a_checkpoint_keeps_its_input(build, flags):
     assert kept(three) - kept(one) == 2 * memory.kept_of_a_checkpoint(shape, planned)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3, 9])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_only_so_many_blocks_are_checkpoints(build, blocks):
-    """All more than --ckpt_blocks keep what a block keeps; more blocks than there are, are all."""
+    """All further blocks keep what a block keeps."""
     flags = {"dtype": "bf16", "grad_ckpt": True}
     every, shape, _ = build(3, **flags)
     some, _, planned = build(3, **flags, ckpt_blocks=blocks)
     a_block = memory.kept_of_a_block(shape, planned)
-    more = max(0, 3 - blocks) * (a_block - memory.kept_of_a_checkpoint(shape, planned))
+    more = (3 - blocks) * (a_block - memory.kept_of_a_checkpoint(shape, planned))
     parts = memory.kept(shape, planned)
-    assert parts["kept for backward"] == max(0, 3 - blocks) * a_block
-    assert parts["checkpoints"] == min(3, blocks) * memory.kept_of_a_checkpoint(shape, planned)
+    assert parts["kept for backward"] == (3 - blocks) * a_block
+    assert parts["checkpoints"] == blocks * memory.kept_of_a_checkpoint(shape, planned)
     assert kept(some) - kept(every) == more
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [{}, {"dtype": "fp32"}, {"lora_targets": "q_proj,v_proj"}], ids=str
-)
+@pytest.mark.parametrize("flags", [{}, {"lora_targets": "q_proj,v_proj"}], ids=str)
 def test_a_compiled_block_keeps_what_the_plan_says(build, flags):
     real, planned = kept_of_a_block(build, **({"dtype": "bf16", "compile": True} | flags))
     assert planned == pytest.approx(real, rel=0.01)
