@@ -208,6 +208,7 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
     # compiled part, so it must see the part as a whole. With --offload_ckpt the parts are halves of blocks, so that the
     # inputs of attention and of MLP can both leave the card.
     blocks = len(model.layers)
+    # How many blocks are checkpoints: the first ones, because backward comes to them last.
     first = 0
     if cfg.grad_ckpt:
         first = checkpoint.how_many(blocks, cfg.ckpt_blocks)
