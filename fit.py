@@ -52,6 +52,14 @@ def fit(plan, room, allow):
     return chosen
 
 
+def chosen(plan, room, allow, rules):
+    """The Plan with the fastest flags that fit; says its command line. rules: recipes.Rules, for that line"""
+    plan = plan.changed(fit(plan, room, allow))
+    plan = replace(plan, cfg=replace(plan.cfg, fit=0, allow=""))
+    say("fit", command_line("python train.py", plan.cfg, plan.data_cfg, rules))
+    return plan
+
+
 def ranked(plan, room, allow):
     """[({flag: value}, Plan)] of all choices that need at most `room` bytes, the fastest first."""
     allowed = check_allowed(allow)

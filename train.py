@@ -6,7 +6,7 @@
 
 To understand the code, read rows.py, recipes.py, text.py and data.py, which make a batch; then model.py, quant.py and
 lora.py, which make a gradient; then this file. `build` applies each optimisation of speed/, in order. README's
-section "How much memory" tells before a run which model fits which card, speed/memory.py measures it.
+section "How much memory" tells which model fits which card; --plan does so for a run (planner.py).
 """
 
 import cli
@@ -308,33 +308,45 @@ def show_plan(cfg, data_cfg, rules):
         needs = "tokenizer"
     base = hub.resolve(data_cfg.model, cache, needs)
     config = models.read_config(base)
+    checkpoint.check(config.num_hidden_layers, cfg.ckpt_blocks)
+    dataset = None
     lengths = None
-    steps_of = None
     if tokenizer.has_files(base) and hub.has_recipes(data_cfg.data, cache):
         dataset, _, _ = data.prepare(data_cfg, rules, base)
         lengths = dataset.lengths(dataset.indices)
-        steps_of = partial(data.count_steps, dataset, data_cfg, cfg.grad_accum)
-    steps, _ = optim.how_many_steps(cfg.max_steps, cfg.epochs, steps_of or (lambda epochs: 0))
     # --allow fp8 asks for the rate of 8-bit products, too.
     card = planner.card_of(cfg.card, device, config, cfg.fp8 or cfg.fit > 0)
-    plan = planner.of_run(config, cfg, data_cfg, lengths, steps, card)
+    plan = planner.of_run(config, cfg, data_cfg, lengths, 0, card)
     if cfg.fit:
-        plan = plan.changed(fit.fit(plan, cfg.fit * 1e9, cfg.allow))
-    planner.show(plan)
+        plan = fit.chosen(plan, cfg.fit * 1e9, cfg.allow, rules)
+    planner.show(replace(plan, steps=steps_of_plan(plan, dataset)))
     return 0
+
+
+def steps_of_plan(plan, dataset):
+    """How many steps the run has; None where that depends on recipes, and there are none."""
+
+    def steps_of(epochs):
+        if dataset is None:
+            return 0
+        return data.count_steps(dataset, plan.data_cfg, plan.cfg.grad_accum, epochs)
+
+    steps, _ = optim.how_many_steps(plan.cfg.max_steps, plan.cfg.epochs, steps_of)
+    return steps or None
 
 
 def fitted(cfg, data_cfg, rules, config, lengths, device):
     """--fit: (Config, Data) with the fastest flags whose plan fits."""
     card = planner.card_of("", device, config, fp8=True)
     plan = planner.of_run(config, cfg, data_cfg, lengths, 0, card)
-    chosen = plan.changed(fit.fit(plan, cfg.fit * 1e9, cfg.allow))
-    cfg = replace(chosen.cfg, fit=0, allow="")
-    check(cfg, chosen.data_cfg)
-    say("fit", fit.command_line("python train.py", cfg, chosen.data_cfg, rules))
-    if chosen.work.compile:
+    if cfg.fit * 1e9 > card.memory:
+        say("fit", f"{card.name} has {card.memory / 1e9:.1f} GB, less than --fit {cfg.fit:g}")
+    plan = fit.chosen(plan, cfg.fit * 1e9, cfg.allow, rules)
+    check(plan.cfg, plan.data_cfg)
+    say("config", json.dumps(flags_of(plan.cfg, plan.data_cfg), ensure_ascii=False))
+    if plan.work.compile:
         compiled.start_compiler()
-    return cfg, chosen.data_cfg
+    return plan.cfg, plan.data_cfg
 
 
 def set_up(cfg, data_cfg, rules):

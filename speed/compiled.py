@@ -56,6 +56,8 @@ def start_compiler():
         raise UserError(
             "--compile needs a C++ compiler (apt install g++); everything runs without --compile."
         )
+    if STARTING:
+        return
     thread = threading.Thread(target=import_compiler, daemon=True)
     thread.start()
     STARTING.append(thread)
