@@ -55,7 +55,8 @@ def fit(plan, room, allow):
 def chosen(plan, room, allow, rules):
     """The Plan with the fastest flags that fit; says its command line. rules: recipes.Rules, for that line"""
     plan = plan.changed(fit(plan, room, allow))
-    plan = replace(plan, cfg=replace(plan.cfg, fit=0, allow=""))
+    cfg = replace(plan.cfg, fit=0, allow="", plan=False, card="")
+    plan = replace(plan, cfg=cfg)
     say("fit", command_line("python train.py", plan.cfg, plan.data_cfg, rules))
     return plan
 
