@@ -374,9 +374,8 @@ def is_shown(bar):
     return bar is not None and not bar.disable
 
 
-# Errors of the system that a user can mend: the disk is full or broken, or the folder cannot be written.
+# Errors of the system that a user can mend: the disk is full, or the folder cannot be written.
 CANNOT_WRITE = {
-    errno.EIO,
     errno.EPERM,
     errno.ENOSPC,
     errno.EDQUOT,

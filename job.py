@@ -193,13 +193,18 @@ def evaluate_step(job, line, tell):
     """An evaluation after a step, whose line of metrics.jsonl gets the loss. tell(what, text) says the loss.
 
     Where memory runs out, what was trained is saved first, because an evaluation must not cost the steps before it."""
+    failure = None
     try:
         line["val_loss"] = evaluate(job)
     except (RuntimeError, MemoryError) as e:
-        if meters.is_out_of_memory(e):
-            job.log(line, tell)
-            save_all(job)
-        raise
+        if not meters.is_out_of_memory(e):
+            raise
+        # Without its traceback, which holds the tensors of the evaluation.
+        failure = e.with_traceback(None)
+    if failure is not None:
+        job.log(line, tell)
+        save_all(job)
+        raise failure
     tell("val_loss", f"{line['val_loss']:.4f} after step {job.facts.step}")
 
 

@@ -6,7 +6,7 @@
 
 To understand the code, read rows.py, recipes.py, text.py and data.py, which make a batch; then model.py, quant.py and
 lora.py, which make a gradient; then this file. `build` applies each optimisation of speed/, in order. README's
-section "How much memory" tells before a run which model fits which card, speed/memory.py measures it.
+section "How much memory" tells which model fits which card; --plan does so for a run (planner.py).
 """
 
 import cli
@@ -208,6 +208,7 @@ def build(cfg, data_cfg, folder, device, meter, longest=None):
     # compiled part, so it must see the part as a whole. With --offload_ckpt the parts are halves of blocks, so that the
     # inputs of attention and of MLP can both leave the card.
     blocks = len(model.layers)
+    # How many blocks are checkpoints: the first ones, because backward comes to them last.
     first = 0
     if cfg.grad_ckpt:
         first = checkpoint.how_many(blocks, cfg.ckpt_blocks)
@@ -307,33 +308,45 @@ def show_plan(cfg, data_cfg, rules):
         needs = "tokenizer"
     base = hub.resolve(data_cfg.model, cache, needs)
     config = models.read_config(base)
+    checkpoint.check(config.num_hidden_layers, cfg.ckpt_blocks)
+    dataset = None
     lengths = None
-    steps_of = None
     if tokenizer.has_files(base) and hub.has_recipes(data_cfg.data, cache):
         dataset, _, _ = data.prepare(data_cfg, rules, base)
         lengths = dataset.lengths(dataset.indices)
-        steps_of = partial(data.count_steps, dataset, data_cfg, cfg.grad_accum)
-    steps, _ = optim.how_many_steps(cfg.max_steps, cfg.epochs, steps_of or (lambda epochs: 0))
     # --allow fp8 asks for the rate of 8-bit products, too.
     card = planner.card_of(cfg.card, device, config, cfg.fp8 or cfg.fit > 0)
-    plan = planner.of_run(config, cfg, data_cfg, lengths, steps, card)
+    plan = planner.of_run(config, cfg, data_cfg, lengths, 0, card)
     if cfg.fit:
-        plan = plan.changed(fit.fit(plan, cfg.fit * 1e9, cfg.allow))
-    planner.show(plan)
+        plan = fit.chosen(plan, cfg.fit * 1e9, cfg.allow, rules)
+    planner.show(replace(plan, steps=steps_of_plan(plan, dataset)))
     return 0
+
+
+def steps_of_plan(plan, dataset):
+    """How many steps the run has; None where that depends on recipes, and there are none."""
+
+    def steps_of(epochs):
+        if dataset is None:
+            return 0
+        return data.count_steps(dataset, plan.data_cfg, plan.cfg.grad_accum, epochs)
+
+    steps, _ = optim.how_many_steps(plan.cfg.max_steps, plan.cfg.epochs, steps_of)
+    return steps or None
 
 
 def fitted(cfg, data_cfg, rules, config, lengths, device):
     """--fit: (Config, Data) with the fastest flags whose plan fits."""
     card = planner.card_of("", device, config, fp8=True)
     plan = planner.of_run(config, cfg, data_cfg, lengths, 0, card)
-    chosen = plan.changed(fit.fit(plan, cfg.fit * 1e9, cfg.allow))
-    cfg = replace(chosen.cfg, fit=0, allow="")
-    check(cfg, chosen.data_cfg)
-    say("fit", fit.command_line("python train.py", cfg, chosen.data_cfg, rules))
-    if chosen.work.compile:
+    if cfg.fit * 1e9 > card.memory:
+        say("fit", f"{card.name} has {card.memory / 1e9:.1f} GB, less than --fit {cfg.fit:g}")
+    plan = fit.chosen(plan, cfg.fit * 1e9, cfg.allow, rules)
+    check(plan.cfg, plan.data_cfg)
+    say("config", json.dumps(flags_of(plan.cfg, plan.data_cfg), ensure_ascii=False))
+    if plan.work.compile:
         compiled.start_compiler()
-    return cfg, chosen.data_cfg
+    return plan.cfg, plan.data_cfg
 
 
 def set_up(cfg, data_cfg, rules):
@@ -409,7 +422,7 @@ def one_step(job, batches, lr):
     test_grad_accum_is_the_gradient_of_a_larger_batch.
 
     A step whose loss or gradient is nan or infinite is left out: weights and optimiser stay as they are, bit for bit.
-    Cost: the host waits for the card before AdamW is launched, once a step: 0.1 ms, of 23 ms in the quickest run.
+    Cost: once a step the host waits for the card before it launches AdamW.
     Proof: tests/test_train.py: test_a_bad_step_changes_nothing.
 
     -> (loss, norm of the gradient, what became of the step: TAKEN, OVERFLOW or BAD of speed/precision.py)"""

@@ -15,7 +15,10 @@ rows all have one length, so there sizes are constants, which compiles 1 to 2 s 
 Cost: 19 of the 33.4 s from the start of the process to the end of the first step, on 8B. A second run finds the graphs
 in the compiler's cache, and is there after 17.4 s.
 
-What would compile another graph, and what prevents it (two graphs in all, none after step 10):
+Graphs in all: one of a block, and one of a chunk of the loss, with gradients and perhaps another without. With
+--offload_ckpt one of each half in place of one of a block. With --ckpt_blocks one more, of a block that keeps all.
+
+What would compile another graph, and what prevents it (none after step 10):
 
     evaluation without gradients             train.Built.loss_of keeps gradients on
     an input that needs no gradient          model.Llama.embed makes the first block's input need one
@@ -53,6 +56,8 @@ def start_compiler():
         raise UserError(
             "--compile needs a C++ compiler (apt install g++); everything runs without --compile."
         )
+    if STARTING:
+        return
     thread = threading.Thread(target=import_compiler, daemon=True)
     thread.start()
     STARTING.append(thread)

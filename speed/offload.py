@@ -13,6 +13,7 @@ each tensor that it saves (-> send), and unpack when backward wants the tensor (
 
     x0 stays on the card, because autograd holds it in any case: the embedding is frozen, so x0 is a leaf.
     x3 goes out like the others, but its memory on the card is not given up, because backward wants x3 at once.
+    With --ckpt_blocks further blocks follow, which are no parts, keep what they need and send nothing. x3 stays, too.
 
     who waits (by CUDA events; Python never does)                        for what
     side stream, before it copies x2 out                                 part 1 has computed x2
