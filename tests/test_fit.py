@@ -293,12 +293,15 @@ def test_plan_and_fit_print_the_ranking_and_the_chosen_plan(run, tmp_path):
     code, out, err = run("--plan", "--fit", "1", "--allow", "batch,quant")
     assert code == 0 and not (tmp_path / "out").exists()
     (line,) = out.splitlines()
-    ranking = said_of_fit(err)
+    *ranking, command = said_of_fit(err)
     assert len(ranking) == 5
     rows = re.search(r"--batch_size (\d+)", ranking[0])[1]
     found = json.loads(line)
     assert found["batch"][0] == int(rows) and found["card"] == "cpu"
     assert found["needed_gb"] <= 1
+    # The command line trains with these flags, and plans no more.
+    cfg, data_cfg, _ = again(command)
+    assert data_cfg.batch_size == int(rows) and not cfg.plan and not cfg.fit
     speed = float(re.search(r"(\d+) tokens/s", ranking[0])[1])
     assert found["tokens_per_s"] == pytest.approx(speed, abs=0.6)
 
