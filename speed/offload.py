@@ -208,4 +208,4 @@ def apply(places, device):
     offloader = Offloader(device)
     for number, (parent, name) in enumerate(places):
         setattr(parent, name, Offloaded(getattr(parent, name), offloader, number))
-    say("offload", "the inputs of each block's attention and MLP wait in host memory for backward")
+    say("offload", "the inputs of attention and MLP of each recomputed block wait in host memory")

@@ -275,10 +275,7 @@ def test_the_loss_that_is_logged_is_transformers_loss(
         ["--dtype", "fp16", "--quant", "nf4", "--no-fused_loss"],
         ["--attn", "cudnn"],
         pytest.param(
-            ["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt"], marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ["--quant", "fp8", "--fp8", "--compile", "--grad_ckpt", "--ckpt_blocks", 1],
+            ["--quant", "nf4", "--fp8", "--compile", "--grad_ckpt", "--ckpt_blocks", 1],
             marks=pytest.mark.slow,
         ),
         pytest.param(["--quant", "nf4", "--dtype", "fp16", "--compile"], marks=pytest.mark.slow),
