@@ -14,7 +14,7 @@ Names: C hidden size, F width of the MLP, L blocks, H and K heads of queries and
 n are the tokens of a micro-batch, padding included. An activation has 2 bytes a number (fp32: 4). Biases are left out:
 they are less than 0.1 % of a model that has them.
 
-Llama-3-8B, 32 x 256 tokens: in NF4 with --compile --grad_ckpt the sum is 10.9 GB, in bf16 without checkpoints 56.4.
+Llama-3-8B, 32 x 256 tokens: in NF4 with --compile --grad_ckpt the sum is 10.96 GB, in bf16 without checkpoints 56.55.
 Measured on an H100: 10.96 and 56.55. results/plan.json compares measured runs, README.md sums them up.
 
 Cost: the formulas follow the code of model.py, lora.py and quant.py, and must change with it.
