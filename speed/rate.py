@@ -34,7 +34,7 @@ import torch
 
 @dataclass(frozen=True)
 class Card:
-    """bf16, fp8, fp32: operations a second of large products (fp8 0: none; fp32 0: see in_fp32). A CPU's bf16 is
+    """bf16, fp8, fp32: operations a second of large products (fp8 0: none; fp32 0: see products). A CPU's bf16 is
     measured in fp32. bandwidth, host: bytes a second of the card's memory, and between card and host. launch: seconds
     in which the host launches a kernel."""
 
@@ -59,12 +59,13 @@ class Card:
         """A GPU has bf16 from Ampere on, as it has flash."""
         return self.flash or not self.is_gpu
 
-    @property
-    def in_fp32(self):
-        """Operations a second of fp32 products. torch uses no TF32 unless it is told to: an A100 is 16 times slower."""
-        if self.fp32:
-            return self.fp32
-        return self.bf16 / 16 if self.is_gpu else self.bf16
+    def products(self, size):
+        """Operations a second of large products, in numbers of `size` bytes.
+
+        torch uses no TF32 unless it is told to, so an A100 is 16 times slower in fp32."""
+        if size == 2 or not self.is_gpu:
+            return self.bf16
+        return self.fp32 or self.bf16 / 16
 
 
 # Of what a data sheet promises, the share that large products reach: 707 of 989 TFLOP/s on an H100.
@@ -308,14 +309,9 @@ def recomputed(shape, work):
     return share
 
 
-def in_its_numbers(work, card):
-    """Operations a second of products in the numbers of the arithmetic."""
-    return card.in_fp32 if work.bytes_of_a_number == 4 else card.bf16
-
-
 def products(shape, work, card):
     blocks, head = operations(shape, work)
-    fast = in_its_numbers(work, card)
+    fast = card.products(work.bytes_of_a_number)
     of_blocks = card.fp8 if work.fp8 and card.fp8 else fast
     return blocks / of_blocks + head / fast
 
@@ -330,7 +326,7 @@ def attention(shape, work, card):
     if work.masked:
         forward *= 2
     passes = 3.5 + work.checkpoints(shape.L) / shape.L
-    return forward * passes / (in_its_numbers(work, card) * ATTENTION)
+    return forward * passes / (card.products(work.bytes_of_a_number) * ATTENTION)
 
 
 def attention_with_scores(shape, work, card):
@@ -338,9 +334,8 @@ def attention_with_scores(shape, work, card):
     again = work.checkpoints(shape.L) / shape.L
     T = work.tokens
     forward = 4 * work.n * T * shape.H * shape.D * shape.L
-    fast = card.in_fp32 if work.bytes_of_a_score == 4 else card.bf16
     # Backward has four products where forward has two.
-    of_products = forward * (3 + again) / fast
+    of_products = forward * (3 + again) / card.products(work.bytes_of_a_score)
     scores = work.n * T * shape.H * shape.L * work.bytes_of_a_score
     passes = SCORES * (1 + again) + SCORES_BACKWARD
     return of_products + scores * passes / card.bandwidth
