@@ -1,6 +1,6 @@
 """--fit: the fastest flags that fit a card. And what takes less where memory ran out.
 
-    chosen = fit(plan, 24e9, "quant,fp8,batch")     # {flag: value} of the fastest flags that fit 24 GB
+    plan = chosen(plan, 24e9, "quant,fp8,batch", rules)    # the Plan with the fastest flags that fit 24 GB
     with out_of_memory(device, account): …          # a failed allocation becomes the plan's own account
 
 Both ask the same question of planner.Plan: how much does the run take with other flags?
@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import model as models
 import planner
-from speed import compiled, memory, meters
+from speed import compiled, memory, meters, precision
 
 # --- 1. --fit: the fastest flags that fit ---
 
@@ -42,14 +42,37 @@ def check_allowed(allow):
     return names
 
 
+def chosen(plan, room, allow, rules):
+    """The Plan with the fastest flags that fit; says the command line that trains with them. rules: recipes.Rules"""
+    found = plan.changed(fit(plan, room, allow))
+    # The line is that of a run, which neither plans nor chooses.
+    cfg = replace(found.cfg, fit=0, allow="", plan=False, card="")
+    say("fit", command_line("python train.py", cfg, found.data_cfg, rules))
+    return found.changed({"fit": 0, "allow": "", "plan": False, "card": ""})
+
+
 def fit(plan, room, allow):
     """{flag: value} of the fastest choice that needs at most `room` bytes; says the first five."""
+    if "batch" in check_allowed(allow) and in_tokens(plan):
+        say("fit", "--allow batch changes nothing: --batch_tokens or packed rows cut the batches")
     best = ranked(plan, room, allow)
     for number, (flags, one) in enumerate(best[:5], 1):
         size = f"{gigabytes(one.needed)}, {one.tokens_per_s:.0f} tokens/s"
-        say("fit", f"{number}. {size}: {written(flags)}")
-    chosen, _ = best[0]
-    return chosen
+        line = f"{number}. {size}: {written(flags)}"
+        if not in_tokens(plan) and recipes_of_a_step(one) != recipes_of_a_step(plan):
+            line += f", a step of {recipes_of_a_step(one)} recipes"
+        say("fit", line)
+    flags, _ = best[0]
+    return flags
+
+
+def in_tokens(plan):
+    """Whether tokens and not recipes cut the batches."""
+    return plan.data_cfg.batch_tokens > 0 or plan.data_cfg.budget > 0
+
+
+def recipes_of_a_step(plan):
+    return plan.data_cfg.batch_size * plan.cfg.grad_accum
 
 
 def chosen(plan, room, allow, rules):
@@ -81,17 +104,23 @@ def ranked(plan, room, allow):
 
 
 def batch_sizes(plan, allowed):
-    """[{flag: value}]: what --allow batch tries. A smaller micro-batch is accumulated, so that the step stays."""
-    own = plan.data_cfg.batch_size
-    if "batch" not in allowed or plan.data_cfg.batch_tokens or plan.data_cfg.budget:
+    """[{flag: value}]: what --allow batch tries.
+
+    A smaller micro-batch is accumulated, so that the step stays; so it must divide the step. A micro-batch that is
+    larger than the step makes a larger step, as fit() says."""
+    if "batch" not in allowed or in_tokens(plan):
         return [{}]
-    step = own * plan.cfg.grad_accum
+    own = plan.data_cfg.batch_size
+    step = recipes_of_a_step(plan)
     most = len(plan.lengths)
     if plan.note:
         # Without data no row is the last.
         most = planner.FULL
-    sizes = sorted(B for B in SIZES_OF_BATCHES | {own} if B <= max(own, most))
-    return [{"batch_size": B, "grad_accum": max(1, step // B)} for B in sizes]
+    tried = []
+    for B in sorted(SIZES_OF_BATCHES | {own}):
+        if B <= max(own, most) and (B > step or step % B == 0):
+            tried.append({"batch_size": B, "grad_accum": max(1, step // B)})
+    return tried
 
 
 def same_mathematics(plan, allowed):
@@ -116,12 +145,22 @@ def quants(plan, allowed):
     """The values of --quant to try."""
     if "quant" not in allowed or not plan.cfg.lora_r:
         return [plan.cfg.quant]
+    return ["none", *smaller_formats(plan.shape, plan.card.device)]
+
+
+def smaller_formats(shape, device):
+    """The formats of --quant that a model of this shape may have. device: cuda, mps or cpu"""
     # NF4 keeps 64 weights of a row in a block.
-    widths = {inputs for inputs, _ in plan.shape.linears().values()}
+    widths = {inputs for inputs, _ in shape.linears().values()}
     has_blocks = all(width % 64 == 0 for width in widths)
-    if has_blocks and importlib.util.find_spec("bitsandbytes"):
-        return ["none", "fp8", "nf4"]
-    return ["none", "fp8"]
+    if has_blocks and has_bitsandbytes(device):
+        return ["fp8", "nf4"]
+    return ["fp8"]
+
+
+def has_bitsandbytes(device):
+    """Whether it is installed, and may have a library for that device (quant.bitsandbytes)."""
+    return device in ("cuda", "cpu") and importlib.util.find_spec("bitsandbytes") is not None
 
 
 def fp8s(plan, allowed):
@@ -196,13 +235,29 @@ def command_line(program, *configs):
 
 def account(plan):
     """What was largest, and which flags would take how much less: two sentences."""
-    return f"{largest(plan.peak.parts)} {helps(savings(plan))}"
+    saved = savings(plan, alternatives(plan), lambda plan: plan.peak.bytes)
+    return f"{largest(plan.peak.parts)} {helps(saved)}"
 
 
 def while_loading(plan):
     """(what was done, the account) of a model that found no memory while it was loaded."""
-    said = f"By the plan that takes {gigabytes(before_a_step(plan))}. {helps(savings(plan, before_a_step))}"
+    saved = savings(plan, alternatives(plan), before_a_step)
+    said = f"By the plan that takes {gigabytes(before_a_step(plan))}. {helps(saved)}"
     return "while the model was loaded and made ready", said
+
+
+def evaluation_account(plan, lengths):
+    """The account of an evaluation: two sentences. lengths: tokens of each held-out recipe
+
+    --batch_size and --batch_tokens shape its batches, too. Checkpoints and optimisers are no matter of it."""
+
+    def parts_of(plan):
+        return memory.of_evaluation(plan.shape, plan.evaluating(lengths))
+
+    longest = max(plan.lengths.max(), lengths.max())
+    tried = of_kernels() | of_weights(plan) | of_batches(plan, plan.evaluating(lengths), longest)
+    saved = savings(plan, tried, lambda plan: sum(parts_of(plan).values()))
+    return f"{largest(parts_of(plan))} {helps(saved)}"
 
 
 def before_a_step(plan):
@@ -237,14 +292,12 @@ def helps(saved):
     return f"In order of gain, these take less: {flags}."
 
 
-def savings(plan, taken=lambda plan: plan.peak.bytes):
+def savings(plan, tried, taken):
     """{flag as the user writes it: bytes that it takes off}, without what saves next to nothing.
 
-    taken(plan): the bytes that count, of the peak or of loading"""
+    tried: {flag as the user writes it: {name: value}}. taken(plan): the bytes that count, of the peak or of loading"""
     now = taken(plan)
-    saved = {}
-    for text, flags in alternatives(plan).items():
-        saved[text] = now - taken(plan.changed(flags))
+    saved = {text: now - taken(plan.changed(flags)) for text, flags in tried.items()}
     return worth_it(saved, now)
 
 
@@ -258,51 +311,56 @@ def alternatives(plan):
 
     Among them are flags that the run has already. They save nothing, so `savings` leaves them out."""
     cfg = plan.cfg
-    tried = {
-        "--grad_ckpt": {"grad_ckpt": True},
-        "--fused_loss": {"fused_loss": True},
-        "--attn flash": {"attn": "flash"},
-    }
+    tried = {"--grad_ckpt": {"grad_ckpt": True}}
     if cfg.grad_ckpt:
         tried["--ckpt_blocks 0"] = {"ckpt_blocks": 0}
-    if cfg.optim == "adamw":
+    if cfg.optim == "adamw" and has_bitsandbytes(plan.card.device):
         tried["--optim adamw8bit"] = {"optim": "adamw8bit"}
     if plan.card.is_gpu and cfg.grad_ckpt and not cfg.cuda_graph:
         tried["--offload_ckpt"] = {"offload_ckpt": True}
-    return tried | of_weights(plan) | of_batches(plan)
+    if not cfg.lora_r:
+        tried["an adapter (--lora_r 16)"] = {"lora_r": 16}
+    of_training = of_batches(plan, plan.work, plan.lengths.max())
+    return tried | of_kernels() | of_weights(plan) | of_training
+
+
+def of_kernels():
+    """Those of the alternatives that compute the same in another way, in training and in evaluation."""
+    return {"--fused_loss": {"fused_loss": True}, "--attn flash": {"attn": "flash"}}
 
 
 def of_weights(plan):
-    """Those of the alternatives that make the model smaller."""
+    """Those of the alternatives that make the frozen model smaller."""
     cfg = plan.cfg
     if not cfg.lora_r:
-        return {"an adapter (--lora_r 16)": {"lora_r": 16}}
-    tried = {}
-    for kind in quants(plan, ["quant"]):
-        if kind != "none":
-            tried[f"--quant {kind}"] = {"quant": kind}
+        return {}
+    formats = smaller_formats(plan.shape, plan.card.device)
+    tried = {f"--quant {kind}": {"quant": kind} for kind in formats}
     if plan.weight == 4:
-        tried["--dtype bf16"] = {"dtype": "bf16"}
+        half = "bf16" if plan.card.has_bf16 else "fp16"
+        tried[f"--dtype {half}"] = {"dtype": half}
     if plan.card.is_gpu and not cfg.cuda_graph:
         tried["--offload_embed"] = {"offload_embed": True}
     return tried
 
 
-def of_batches(plan):
-    """The alternative of a smaller micro-batch, in tokens or in rows."""
-    cfg = plan.data_cfg
-    work = plan.work
-    if cfg.batch_tokens or cfg.budget:
+def of_batches(plan, work, longest):
+    """The alternative of a smaller micro-batch, in tokens or in rows: half of what `work` has, or less.
+
+    longest: tokens of the longest recipe"""
+    if in_tokens(plan):
         tokens = work.n // 2
         # A recipe must have room.
-        if tokens < plan.lengths.max():
+        if tokens < longest:
             return {}
         return {f"--batch_tokens {tokens}": {"batch_tokens": tokens}}
     if work.rows == 1:
         return {}
-    rows = work.rows // 2
-    text = f"--batch_size {rows} --grad_accum {2 * plan.cfg.grad_accum}"
-    return {text: {"batch_size": rows}}
+    # The step stays as it is, so its recipes must be whole micro-batches.
+    step = recipes_of_a_step(plan)
+    rows = max(B for B in range(1, work.rows // 2 + 1) if step % B == 0)
+    flags = {"batch_size": rows, "grad_accum": step // rows}
+    return {written(flags): flags}
 
 
 @contextlib.contextmanager
@@ -322,29 +380,65 @@ def out_of_memory(device, account):
         ) from None
 
 
-def sampling_account(folder, doing, rows, new_tokens, quant, size):
-    """The account of sample.py. folder: of the base. rows: texts at a time. size: bytes of a number of --dtype"""
+# --- 3. memory that ran out in sample.py. cfg: its Config; folder: of the base ---
+
+
+def while_a_base_is_loaded(folder, cfg):
+    """(what was done, the account). Only weights are there."""
+    shape = planner.shape_of(models.read_config(folder))
+    now = memory.of_loading(shape, sampling(cfg))
+    saved = {}
+    for flag, smaller in smaller_bases(shape, cfg).items():
+        saved[flag] = now - memory.of_loading(shape, sampling(smaller))
+    said = f"By the plan that takes {gigabytes(now)}. {helps(worth_it(saved, now))}"
+    return "while the model was loaded", said
+
+
+def while_sampling(folder, cfg, rows):
+    """(what was done, the account). rows: texts at a time"""
     config = models.read_config(folder)
     shape = planner.shape_of(config)
-    # A prompt is short beside what is written.
-    slots = min(new_tokens + 64, config.max_position_embeddings)
-    work = memory.Work(
-        rows=rows,
-        tokens=slots,
-        targets=0,
-        quant=quant,
-        bytes_of_a_weight=size,
-        bytes_of_a_number=size,
-    )
-    half = max(1, rows // 2)
-    in_bf16 = replace(work, bytes_of_a_weight=2, bytes_of_a_number=2)
-    parts = memory.of_sampling(shape, work, slots)
-    others = {
-        f"--batch_size {half}": memory.of_sampling(shape, replace(work, rows=half), slots),
-        "--quant nf4": memory.of_sampling(shape, replace(work, quant="nf4"), slots),
-        "--dtype bf16": memory.of_sampling(shape, in_bf16, slots),
-        "half of --max_new_tokens": memory.of_sampling(shape, work, slots // 2),
-    }
+
+    def parts_of(cfg, rows):
+        # A prompt is short beside what is written.
+        slots = min(cfg.max_new_tokens + 64, config.max_position_embeddings)
+        return memory.of_sampling(shape, replace(sampling(cfg), rows=rows), slots)
+
+    parts = parts_of(cfg, rows)
+    others = {flag: parts_of(one, rows) for flag, one in smaller_bases(shape, cfg).items()}
+    tokens = cfg.max_new_tokens // 2
+    if tokens:
+        flag = f"--max_new_tokens {tokens}"
+        others[flag] = parts_of(replace(cfg, max_new_tokens=tokens), rows)
+    if rows > 1:
+        others[f"--batch_size {rows // 2}"] = parts_of(cfg, rows // 2)
     now = sum(parts.values())
     saved = {flag: now - sum(other.values()) for flag, other in others.items()}
-    return doing, f"{largest(parts)} {helps(worth_it(saved, now))}"
+    return "while texts were written", f"{largest(parts)} {helps(worth_it(saved, now))}"
+
+
+def smaller_bases(shape, cfg):
+    """{flag as the user writes it: cfg with it} of formats of the base's weights."""
+    device = precision.pick_device(cfg.device)
+    formats = smaller_formats(shape, device.type)
+    tried = {f"--quant {kind}": replace(cfg, quant=kind) for kind in formats}
+    has_no_bf16 = device.type == "cuda" and not precision.has_bf16(device)
+    half = "fp16" if has_no_bf16 else "bf16"
+    tried[f"--dtype {half}"] = replace(cfg, dtype=half)
+    return tried
+
+
+def sampling(cfg):
+    """The memory.Work of a text that is written."""
+    device = precision.pick_device(cfg.device)
+    # A CPU without bf16 instructions keeps weights in bf16 and works in fp32.
+    kept, compute, _ = precision.pick_dtype(cfg.dtype, device)
+    return memory.Work(
+        rows=1,
+        tokens=1,
+        targets=0,
+        quant=cfg.quant,
+        bytes_of_a_weight=kept.itemsize,
+        bytes_of_a_number=compute.itemsize,
+        on_gpu=device.type == "cuda",
+    )

@@ -24,7 +24,7 @@ from speed import checkpoint, memory, precision, rate
 
 # --- 1. a run in numbers ---
 
-# So many recipes tell the sizes of an epoch's batches well enough.
+# So many recipes tell the sizes of an epoch's batches well enough, unless a micro-batch has more.
 MOST_LENGTHS = 50_000
 # Recipes of a plan without data.
 FULL = 128
@@ -67,7 +67,7 @@ class Plan:
     cfg: object  # train.Config
     data_cfg: data.Data
     lengths: np.ndarray  # tokens of each recipe that is trained on
-    steps: int
+    steps: int | None  # none: it depends on recipes, and there are none
     card: rate.Card
     weight: int  # bytes of a frozen weight in --dtype
     number: int  # bytes of a number of the arithmetic
@@ -76,40 +76,66 @@ class Plan:
     @functools.cached_property
     def batches(self):
         """The micro-batches of an epoch, the largest first: [rows, tokens of a row, real tokens] each."""
+        steps = data.plan(self.lengths, self.data_cfg, 0, self.cfg.grad_accum)
+        return self.sizes(self.lengths, itertools.chain(*steps))
+
+    def sizes(self, lengths, batches):
+        """[rows, tokens of a row, real tokens] of each batch, the largest first. batches: positions in `lengths`"""
         # On a GPU a padded row is a multiple of 8 tokens (data.make_step).
         tile = data.TILE if self.card.is_gpu else 1
         # A recipe's last token is a target only, never an input.
-        inputs = self.lengths - 1
-        sizes = []
-        for rows in itertools.chain(
-            *data.plan(self.lengths, self.data_cfg, 0, self.cfg.grad_accum)
-        ):
+        inputs = lengths - 1
+        found = []
+        for rows in batches:
             longest = -(-int(inputs[rows].max()) // tile) * tile
             shape = (len(rows), longest)
             if self.data_cfg.budget:
                 shape = (1, self.data_cfg.budget)
-            sizes.append((*shape, int(inputs[rows].sum())))
-        sizes = np.array(sizes)
-        return sizes[np.argsort(-sizes[:, 0] * sizes[:, 1], kind="stable")]
+            found.append((*shape, int(inputs[rows].sum())))
+        found = np.array(found)
+        return found[np.argsort(-found[:, 0] * found[:, 1], kind="stable")]
 
     @functools.cached_property
     def work(self):
         """The memory.Work of the largest micro-batch."""
-        rows, tokens, real = self.batches[0].tolist()
+        return self.work_of(self.lengths, self.batches)
+
+    def evaluating(self, lengths):
+        """The memory.Work of the largest held-out batch. lengths: tokens of each held-out recipe"""
+        order = (-lengths).argsort(kind="stable")
+        return self.work_of(lengths, self.sizes(lengths, data.cut(order, lengths, self.data_cfg)))
+
+    def work_of(self, lengths, batches):
+        """The memory.Work of the first of `batches`."""
+        rows, tokens, real = batches[0].tolist()
         same = {name: getattr(self.cfg, name) for name in SAME_NAME}
+        document = 0
+        if self.data_cfg.budget and self.takes_documents:
+            document = int(lengths.mean())
         return memory.Work(
             rows=rows,
             tokens=tokens,
             targets=real,
             lora_targets=self.targets,
+            dropout=self.cfg.lora_dropout > 0,
             bytes_of_a_weight=self.weight,
             bytes_of_a_number=self.number,
             attn=self.attention,
             optim=self.optimizer,
             on_gpu=self.card.is_gpu,
-            document=int(self.lengths.mean()) if self.data_cfg.budget else 0,
+            document=document,
+            masked=self.data_cfg.budget > 0 and not self.takes_documents,
             **same,
         )
+
+    @property
+    def takes_documents(self):
+        """Whether varlen attention keeps the recipes of a packed row apart, as model.takes_documents says."""
+        if self.cfg.attn == "naive" or not (self.card.is_gpu and self.card.flash):
+            return False
+        # With --lora_r 0 the residual stream is fp32.
+        in_16_bits = self.number == 2 and self.cfg.lora_r > 0
+        return in_16_bits and self.shape.D % 8 == 0 and self.shape.D <= 256
 
     @property
     def targets(self):
@@ -164,8 +190,14 @@ class Plan:
 
     @property
     def hours(self):
-        """Of training alone: not of the first step, which compiles, nor of evaluations."""
-        real = float(self.batches[:, 2].mean()) * self.cfg.grad_accum * self.steps
+        """Of training alone: not of the first step, which compiles, nor of evaluations. None where steps are."""
+        if self.steps is None:
+            return None
+        batches = self.cfg.grad_accum
+        if not self.note:
+            # A step that asks for more recipes than there are trains on those.
+            batches = min(batches, len(self.batches))
+        real = float(self.batches[:, 2].mean()) * batches * self.steps
         return real / self.tokens_per_s / 3600
 
     def changed(self, flags):
@@ -188,25 +220,47 @@ def of_run(config, cfg, data_cfg, lengths, steps, card):
     shape = shape_of(config)
     checkpoint.check(shape.L, cfg.ckpt_blocks)
     note = ""
+    why = ""
     if lengths is None:
         note = f", because without a tokenizer and recipes every row is taken as --max_len {data_cfg.max_len} long"
+        why = f" (as --max_len {data_cfg.max_len} says, because there are no recipes to count)"
+        if data_cfg.batch_size > MOST_LENGTHS:
+            note += f", and a micro-batch as {MOST_LENGTHS} recipes at most"
         lengths = full_length(data_cfg, cfg.grad_accum)
-    if len(lengths) > MOST_LENGTHS:
-        some = lengths[:: len(lengths) // MOST_LENGTHS]
+    check_tokens(data_cfg, int(lengths.max()), why)
+    most = max(MOST_LENGTHS, recipes_of_a_batch(data_cfg, lengths))
+    if len(lengths) > most:
+        some = lengths[:: len(lengths) // most]
         lengths = np.append(some, lengths.max())
     weight, number = sizes_of(cfg, card)
     return Plan(shape, cfg, data_cfg, lengths, steps, card, weight, number, note)
 
 
+def check_tokens(data_cfg, longest, why):
+    """An error where the longest recipe does not fit into --batch_tokens. With recipes data.load_dataset says so."""
+    most = data_cfg.budget or data_cfg.batch_tokens
+    if 0 < most < longest:
+        raise UserError(
+            f"--batch_tokens {most}: the longest recipe has {longest} tokens{why}; raise it."
+        )
+
+
+def recipes_of_a_batch(data_cfg, lengths):
+    """About how many recipes a micro-batch asks for."""
+    tokens = data_cfg.budget or data_cfg.batch_tokens
+    if tokens:
+        return int(tokens / lengths.mean())
+    return data_cfg.batch_size
+
+
 def full_length(data_cfg, grad_accum):
     """Lengths for a plan without data: recipes of whole steps, each --max_len long, at least FULL of them.
 
-    So many rows are there for the largest batch that --fit tries."""
-    rows = data_cfg.batch_size
-    tokens = data_cfg.budget or data_cfg.batch_tokens
-    if tokens:
-        rows = max(1, tokens // data_cfg.max_len)
-    step = rows * grad_accum
+    So many rows are there for the largest batch that --fit tries. Of a step of more than MOST_LENGTHS recipes only so
+    many are there."""
+    longest = np.full(1, data_cfg.max_len)
+    rows = min(max(1, recipes_of_a_batch(data_cfg, longest)), MOST_LENGTHS)
+    step = rows * max(1, min(grad_accum, MOST_LENGTHS // rows))
     return np.full(step * -(-FULL // step), data_cfg.max_len, dtype=np.int64)
 
 
@@ -222,9 +276,14 @@ def card_of(name, device, config, fp8):
 
 
 def sizes_of(cfg, card):
-    """Bytes of a frozen weight, and of a number of the arithmetic. Every GPU works in 16 bits; a CPU may not."""
+    """Bytes of a frozen weight, and of a number of the arithmetic. Every GPU works in 16 bits; a CPU may not.
+
+    fp16 is too coarse to train all weights with, so --lora_r 0 works in fp32 where there is no bf16."""
     if card.is_gpu:
-        size = 4 if cfg.dtype == "fp32" else 2
+        if cfg.dtype == "bf16" and not card.has_bf16:
+            raise UserError(f"--dtype bf16: {card.name} has no bf16; use --dtype fp16.")
+        in_fp32 = cfg.dtype == "fp32" or not (cfg.lora_r or card.has_bf16)
+        size = 4 if in_fp32 else 2
         return size, size
     kept, compute, _ = precision.pick_dtype(cfg.dtype, torch.device(card.device), not cfg.lora_r)
     return kept.itemsize, compute.itemsize
@@ -283,14 +342,26 @@ def table(plan, at):
     kept = [f"{way} {size:.2f}" for way, size in ways_to_keep(plan).items()]
     lines.append(f"{'':>8}  kept from forward to backward: {', '.join(kept)}")
     lines += ["", f"{plan.host / 1e9:8.2f}  host memory", ""]
-    lines.append(
-        f"{plan.needed / 1e9:8.2f}  needed of a card: with CUDA's context and what torch cannot use"
-    )
+    for name, size in memory.beside(at, plan.card.context).items():
+        lines.append(f"{size / 1e9:8.2f}  {name}: {beside_the_peak(plan)[name]}")
+    lines.append(f"{plan.needed / 1e9:8.2f}  needed: the peak and these two")
     for name, does in fits(plan).items():
         lines.append(f"{'fits' if does else '-':>8}  {name}")
     lines += ["", f"{plan.tokens_per_s:8.0f}  tokens/s on {plan.card.name}"]
-    lines.append(f"{plan.hours:8.2f}  hours for {plan.steps} steps")
+    if plan.hours is not None:
+        lines.append(f"{plan.hours:8.2f}  hours for {plan.steps} steps")
     return lines
+
+
+def beside_the_peak(plan):
+    """What the parts of memory.beside are."""
+    context = "what CUDA takes before the first tensor"
+    if not plan.card.is_gpu:
+        context = "Python and torch before the model"
+    return {
+        "allocator": "free memory between its blocks, or what loading takes more",
+        "context": context,
+    }
 
 
 def ways_to_keep(plan):
@@ -316,6 +387,7 @@ def fits(plan):
 
 
 def as_json(plan, at):
+    beside = memory.beside(at, plan.card.context)
     gigabytes = {name: round(size / 1e9, 4) for name, size in at.parts.items() if size}
     return {
         "peak_gb": round(at.bytes / 1e9, 4),
@@ -325,11 +397,12 @@ def as_json(plan, at):
         "kept": {name: round(size, 3) for name, size in ways_to_keep(plan).items()},
         "loading_gb": round(at.loading / 1e9, 3),
         "host_gb": round(plan.host / 1e9, 3),
+        "beside": {name: round(size / 1e9, 3) for name, size in beside.items()},
         "needed_gb": round(plan.needed / 1e9, 3),
         "fits": fits(plan),
         "card": plan.card.name,
         "batch": [plan.work.rows, plan.work.tokens],
         "tokens_per_s": round(plan.tokens_per_s, 1),
         "steps": plan.steps,
-        "hours": round(plan.hours, 4),
+        "hours": None if plan.hours is None else round(plan.hours, 4),
     }

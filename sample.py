@@ -298,9 +298,7 @@ def load(cfg):
         compiled.start_compiler()
         compiled.wait_for_compiler()
 
-    with fit.out_of_memory(
-        device, partial(account, cfg, source.base, "while the model was loaded")
-    ):
+    with fit.out_of_memory(device, partial(fit.while_a_base_is_loaded, source.base, cfg)):
         model = lora.load_model(
             source.base,
             device,
@@ -326,12 +324,15 @@ def load(cfg):
     return model, Text(source.base), source.info
 
 
-def account(cfg, base, doing):
-    """What a lack of memory means: (what was done, what takes less). base: the model's folder"""
-    kept, _, _ = precision.pick_dtype(cfg.dtype, precision.pick_device(cfg.device))
-    return fit.sampling_account(
-        base, doing, cfg.batch_size, cfg.max_new_tokens, cfg.quant, kept.itemsize
-    )
+def at_once(cfg):
+    """How many texts are written at a time, at most."""
+    if cfg.eval:
+        return min(cfg.eval, cfg.batch_size)
+    texts = cfg.num_samples
+    if cfg.prompts is not None:
+        # Not read again, because a pipe can be read only once.
+        texts = cfg.batch_size
+    return min(texts, cfg.batch_size)
 
 
 def described(cfg, source):
@@ -554,9 +555,7 @@ def main():
     (cfg,) = cli.parse(__doc__, Config)
     check(cfg)
     device = precision.pick_device(cfg.device)
-    with fit.out_of_memory(
-        device, lambda: account(cfg, find(cfg).base, "while texts were written")
-    ):
+    with fit.out_of_memory(device, lambda: fit.while_sampling(find(cfg).base, cfg, at_once(cfg))):
         if cfg.eval:
             evaluate(cfg)
         else:

@@ -14,15 +14,15 @@ Names: C hidden size, F width of the MLP, L blocks, H and K heads of queries and
 n are the tokens of a micro-batch, padding included. An activation has 2 bytes a number (fp32: 4). Biases are left out:
 they are less than 0.1 % of a model that has them.
 
-Llama-3-8B, 32 x 256 tokens: in NF4 with --compile --grad_ckpt the sum is 10.9 GB, in bf16 without checkpoints 56.4.
-Measured on an H100: 10.96 and 56.55. results/plan.json compares 40 runs, README.md sums them up.
+Llama-3-8B, 32 x 256 tokens: in NF4 with --compile --grad_ckpt the sum is 10.96 GB, in bf16 without checkpoints 56.55.
+Measured on an H100: 10.96 and 56.55. results/plan.json compares measured runs, README.md sums them up.
 
 Cost: the formulas follow the code of model.py, lora.py and quant.py, and must change with it.
 Proof: tests/test_memory.py, against tensors that are really held and sums by hand.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # What cuBLAS holds to work in, as measured on an H100. The one number here that is measured and not derived.
 WORKSPACE = 70e6
@@ -91,6 +91,7 @@ class Work:
     targets: int  # of the micro-batch
     lora_r: int = 16
     lora_targets: tuple = ()  # none: all seven linears
+    dropout: bool = False  # whether --lora_dropout is above 0
     quant: str = "none"
     fp8: bool = False
     bytes_of_a_weight: int = 2  # of a frozen weight that is not quantised
@@ -99,6 +100,9 @@ class Work:
     )
     attn: str = "flash"
     document: int = 0  # tokens that attention spans in a packed row; 0: the whole row
+    masked: bool = (
+        False  # a packed row in which a mask keeps documents apart, so all pairs are computed
+    )
     fused_loss: bool = True
     grad_ckpt: bool = False
     ckpt_blocks: int = 0  # 0: all
@@ -121,6 +125,21 @@ class Work:
     @property
     def workspace(self):
         return WORKSPACE if self.on_gpu else 0
+
+    @property
+    def by_compiler(self):
+        """Whether checkpoints are the compiler's own. With dropout they are torch's (train.build)."""
+        return self.compile and not self.dropout
+
+    @property
+    def holds_scores(self):
+        """Whether attention holds [B, H, T, T]. PyTorch takes "math" where flash has no kernel."""
+        return self.attn in ["naive", "math"]
+
+    @property
+    def bytes_of_a_score(self):
+        """PyTorch's "math" works in fp32."""
+        return 4 if self.attn == "math" else self.bytes_of_a_number
 
     def checkpoints(self, L):
         """How many blocks are checkpoints."""
@@ -210,13 +229,17 @@ def kept_of_a_block(shape, work):
     a number for each head and each norm (fp32); x · A of each layer   4H + 8 bytes, 7r
 
     A matrix A needs the input of its layer. So where --lora_targets leaves out all layers of an input, it is not kept.
+    With --lora_dropout A sees the dropped input, which is kept in place of the input; and dropout keeps its mask.
     """
     if not work.lora_r:
         return kept_of_a_trained_block(shape, work)
     size = work.bytes_of_a_number
     numbers = 0
+    a_mask = 0
     for ranks, inputs, _ in adapted_groups(shape, work):
         numbers += inputs + ranks
+        if work.dropout:
+            a_mask += inputs * size_of_a_mask(work)
     if work.compile:
         numbers += 2 * shape.C + 2 * shape.F
         more = of_casts(shape, work)
@@ -227,7 +250,14 @@ def kept_of_a_block(shape, work):
         if work.fp8:
             # The values are a view of the product that made queries, keys and values together.
             numbers += shape.H * shape.D + shape.K * shape.D
-    return work.n * (numbers * size + 8) + kept_of_attention(shape, work) + more
+    return work.n * (numbers * size + a_mask + 8) + kept_of_attention(shape, work) + more
+
+
+def size_of_a_mask(work):
+    """Bytes of what dropout keeps for a number: whether it stays, or in eager mode on a CPU the factor itself."""
+    if work.compile or work.on_gpu:
+        return 1
+    return work.bytes_of_a_number
 
 
 def adapted_groups(shape, work):
@@ -273,28 +303,19 @@ def kept_of_a_trained_block(shape, work):
 def kept_of_attention(shape, work):
     """Bytes of queries, keys, values and, unless scores are held, of the result and a number for each head (fp32)."""
     rows = shape.H * shape.D
-    if work.attn not in HOLDS_SCORES:
+    if not work.holds_scores:
         numbers = 2 * rows + 2 * shape.K * shape.D
         return work.n * (numbers * work.bytes_of_a_number + shape.H * 4)
     # Keys and values are repeated for all heads. The softmax of the scores is kept, and naive's mask of all pairs.
     mask = work.tokens**2 if work.attn == "naive" else 0
-    return 3 * work.n * rows * size_of_scores(work) + of_scores(shape, work) + mask
-
-
-# The kernels that hold the scores. PyTorch takes "math" where flash has no kernel, and works in fp32 there.
-HOLDS_SCORES = ["naive", "math"]
-
-
-def size_of_scores(work):
-    """Bytes of a score."""
-    return 4 if work.attn == "math" else work.bytes_of_a_number
+    return 3 * work.n * rows * work.bytes_of_a_score + of_scores(shape, work) + mask
 
 
 def of_scores(shape, work):
     """Bytes of attention's scores in a block, [B, H, T, T]; 0 where they are not held."""
-    if work.attn not in HOLDS_SCORES:
+    if not work.holds_scores:
         return 0
-    return work.rows * shape.H * work.tokens**2 * size_of_scores(work)
+    return work.rows * shape.H * work.tokens**2 * work.bytes_of_a_score
 
 
 def kept_of_a_checkpoint(shape, work):
@@ -327,13 +348,18 @@ def of_loss(shape, work):
     if not work.fused_loss:
         # Logits in 16 bits and in fp32, their log-softmax, and both gradients.
         return work.targets * shape.V * (2 * size + 3 * 4)
-    rows = min(work.targets, max(1, CHUNK // shape.V // 64 * 64))
+    rows = rows_of_a_chunk(shape, work)
     h = work.targets * shape.C * work.stream
     chunk = rows * shape.V * (4 + size)
     if not work.lora_r:
         # The head's gradient in fp32, and a chunk's share of it in 16 bits and in fp32.
         chunk += shape.V * shape.C * (4 + size + 4)
     return 2 * h + chunk
+
+
+def rows_of_a_chunk(shape, work):
+    """How many rows of logits the loss holds at a time (speed/loss.py)."""
+    return min(work.targets, max(1, CHUNK // shape.V // 64 * 64))
 
 
 def of_last_norm(shape, work):
@@ -347,7 +373,9 @@ def of_recomputed_block(shape, work):
     Widest is the MLP: gate, up, their product and the gradient of each are 6 tensors [n, F]. With --quant none the
     compiler does not write the adapter's product over the layer's, which makes 9. With --fp8 they are 7, and codes of
     a byte. Where a dequantised weight serves recomputation and gradient (quant.decode_once), all but one of the MLP's
-    are held. With --offload_ckpt a checkpoint is a half of a block, so attention's tensors are not there."""
+    are held. With --offload_ckpt a checkpoint is a half of a block, so attention's tensors are not there.
+    That is the compiler's own checkpoint. torch's, with --lora_dropout or in eager mode, makes all again that a block
+    without a checkpoint keeps."""
     size = work.bytes_of_a_number
     wide = 6 * shape.F
     if work.quant == "none":
@@ -361,8 +389,8 @@ def of_recomputed_block(shape, work):
     weights = 0
     if work.quant != "none" and not work.fp8 and not work.offload_embed:
         weights = 2 * (shape.block() - shape.F * shape.C)
-    if not work.compile:
-        # Eager mode keeps what a block without a checkpoint keeps, and works on two more tensors [n, F].
+    if not work.by_compiler:
+        # Backward works on three tensors [n, F] beside.
         of_forward = kept_of_a_block(shape, work)
         at_work = work.n * 3 * shape.F * size + shape.F * shape.C * size
         return of_forward + at_work + 2 * of_scores(shape, work)
@@ -434,18 +462,59 @@ def of_host(shape, work):
 
 
 FIXED = ["base", "quant constants", "embedding and head", "adapter", "gradients", "optimizer"]
+# torch's allocator hands out memory in blocks, and between blocks some stays free: this share of what comes and goes.
+BETWEEN_BLOCKS = 0.04
+
+
+def beside(at, context):
+    """{part: bytes} that a card needs beside the peak. context: bytes that CUDA takes before the first tensor
+
+    allocator: what lies between its blocks; or what loading takes more than the peak, if that is more"""
+    fixed = sum(at.parts.get(name, 0) for name in FIXED)
+    free = BETWEEN_BLOCKS * (at.bytes - fixed)
+    return {"allocator": max(free, at.loading - at.bytes), "context": context}
 
 
 def needed(at, context):
     """Bytes of a card that a run needs: the peak, CUDA's context (bytes), and what torch's allocator cannot use.
 
-    The allocator hands out memory in blocks, and between blocks some stays free: up to 4 % of what comes and goes."""
-    fixed = sum(at.parts.get(name, 0) for name in FIXED)
-    comes_and_goes = at.bytes - fixed
-    return max(at.bytes + 0.04 * comes_and_goes, at.loading) + context
+    torch may reserve more than that, because its allocator gives free blocks back to the card only when it must. On a
+    card of 80 GB bf16 without checkpoints had 61.6 GB reserved, context included, where this sum is 60.0. So the sum
+    is what must be there, and not what nvidia-smi shows. results/plan.json has both.
+
+    With --cuda_graph torch reserves a pool for eager steps and one for the graph. speed/graphs.py gives back the free
+    blocks of the first before it records, so the sum counts one pool."""
+    return at.bytes + sum(beside(at, context).values())
 
 
-# --- 5. sampling ---
+# --- 5. evaluation, sampling ---
+
+
+def of_evaluation(shape, work):
+    """{part: bytes} of a held-out micro-batch, at the moment that takes most: the end of forward, or the loss.
+
+    Eager mode keeps nothing for a backward: one block works on the MLP's three tensors. Compiled blocks keep what
+    training keeps, because they reuse its graph (Built.loss_of in job.py). The loss finds that given up. It makes no
+    gradient. No dropout is drawn."""
+    size = work.bytes_of_a_number
+    always = static(shape, work)
+    h = {"last norm": work.n * shape.C * (4 + work.stream)}
+    at_work = work.n * (3 * shape.F + 4 * shape.C) * size + 2 * of_scores(shape, work)
+    forward = always | h | {"one block": at_work}
+    if work.compile:
+        forward |= kept(shape, replace(work, dropout=False))
+    loss = always | h | {"loss chunk": of_loss_alone(shape, work)}
+    return max(forward, loss, key=lambda parts: sum(parts.values()))
+
+
+def of_loss_alone(shape, work):
+    """Bytes of the loss without its gradient: the rows of h that have targets, a chunk of logits, or all of them."""
+    size = work.bytes_of_a_number
+    h = work.targets * shape.C * work.stream
+    if work.fused_loss:
+        return h + rows_of_a_chunk(shape, work) * shape.V * (size + 4)
+    # Logits in 16 bits and in fp32, and their log-softmax.
+    return h + work.targets * shape.V * (size + 4 + 4)
 
 
 def of_sampling(shape, work, slots):

@@ -7,7 +7,8 @@ A step waits for the slowest of three: the card, the host that launches kernels,
 
     the card   matrix products     2 operations a weight and token in forward, 2 for the input gradient, 2 for the
                                    recomputation of a checkpoint. Frozen weights have no gradient of their own.
-               attention           half of all pairs of tokens; backward does 2.5 times forward's work
+               attention           half of all pairs of tokens; backward does 2.5 times forward's work. Where scores are
+                                   held: all pairs, and SCORES passes over the scores
                the rest            norms, SwiGLU, RoPE, LoRA's thin products: their tensors are read and written PASSES
                                    times, at the card's bandwidth
                decoding            a weight in 4 bits becomes 16 bits or e4m3, in forward and in backward
@@ -15,10 +16,11 @@ A step waits for the slowest of three: the card, the host that launches kernels,
     the host   LAUNCHES kernels a block; none with --cuda_graph
     copies     --offload_ckpt: the inputs of half blocks to the host and back
 
-Llama-3-8B, 32 x 256 tokens, bf16 without checkpoints on an H100: 351 ms products, 8 attention, 110 the rest, 14 gaps:
-483 ms. Measured: 487. PASSES, GAP and the share of attention were fitted to 23 such steps of 1B and 8B models.
+Llama-3-8B, 32 x 256 tokens, bf16 without checkpoints on CARDS["h100"]: 345 ms products, 8 attention, 109 the rest, 14
+gaps: 476 ms. Measured: 487. PASSES, GAP and the share of attention were fitted to such steps of 1B and 8B models. Not
+measured are SCORES, and fp32.
 
-Proof: tests/test_rate.py, by hand. results/plan.json compares 40 measured runs.
+Proof: tests/test_rate.py, by hand and against these steps. results/plan.json compares measured runs.
 """
 
 import os
@@ -32,8 +34,9 @@ import torch
 
 @dataclass(frozen=True)
 class Card:
-    """bf16, fp8: operations a second of large products (fp8 0: none). bandwidth, host: bytes a second of the card's
-    memory, and between card and host. launch: seconds in which the host launches a kernel."""
+    """bf16, fp8, fp32: operations a second of large products (fp8 0: none; fp32 0: see products). A CPU's bf16 is
+    measured in fp32. bandwidth, host: bytes a second of the card's memory, and between card and host. launch: seconds
+    in which the host launches a kernel."""
 
     name: str
     memory: float  # bytes
@@ -45,10 +48,24 @@ class Card:
     context: float = 0.55e9  # bytes that CUDA takes before the first tensor, as measured on an H100
     device: str = "cuda"  # cuda, mps or cpu
     flash: bool = True  # whether attention of grouped heads holds no scores, as from Ampere on
+    fp32: float = 0.0
 
     @property
     def is_gpu(self):
         return self.device == "cuda"
+
+    @property
+    def has_bf16(self):
+        """A GPU has bf16 from Ampere on, as it has flash."""
+        return self.flash or not self.is_gpu
+
+    def products(self, size):
+        """Operations a second of large products, in numbers of `size` bytes.
+
+        torch uses no TF32 unless it is told to, so an A100 is 16 times slower in fp32."""
+        if size == 2 or not self.is_gpu:
+            return self.bf16
+        return self.fp32 or self.bf16 / 16
 
 
 # Of what a data sheet promises, the share that large products reach: 707 of 989 TFLOP/s on an H100.
@@ -78,6 +95,27 @@ SHEETS = {
     "H200": [141, 989, 1979, 4800],
     "B200": [180, 2250, 4500, 8000],
 }
+# {card: TFLOP/s of fp32 outside tensor cores}, from the same sheets.
+FP32 = {
+    "T4": 8.1,
+    "V100": 15.7,
+    "P100": 9.5,
+    "RTX3060": 12.7,
+    "RTX3090": 35.6,
+    "RTX4060Ti": 22.1,
+    "RTX4090": 82.6,
+    "RTX5090": 104.8,
+    "A10": 31.2,
+    "A10G": 31.5,
+    "L4": 30.3,
+    "L40S": 91.6,
+    "A6000": 38.7,
+    "A100-40GB": 19.5,
+    "A100": 19.5,
+    "H100": 67,
+    "H200": 67,
+    "B200": 80,
+}
 BEFORE_AMPERE = ["T4", "V100", "P100"]
 
 
@@ -92,6 +130,7 @@ def sold(name):
         fp8=fp8 * 1e12 * REACHED,
         bandwidth=bandwidth * 1e9 * BANDWIDTH,
         flash=name not in BEFORE_AMPERE,
+        fp32=FP32[name] * 1e12 * REACHED,
     )
 
 
@@ -198,6 +237,8 @@ def seconds_of(call, device, at_least=0.15):
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
 
 
 def name_of(device):
@@ -220,6 +261,10 @@ PASSES_RECOMPUTED = 3
 PASSES_EAGER = 20
 # Attention reaches this share of the rate of large products.
 ATTENTION = 0.35
+# How often scores are read or written where they are held. Forward: written, masked, normalised, read for p · v.
+# Backward: the same of their gradient, and the softmax read twice.
+SCORES = 6
+SCORES_BACKWARD = 10
 # Kernels of a block in forward and backward, as the profiler counts them.
 LAUNCHES = 150
 LAUNCHES_QUANTISED = 230
@@ -257,25 +302,43 @@ def operations(shape, work):
 def recomputed(shape, work):
     """The share of forward's products that backward makes again.
 
-    Compiled blocks do not recompute down_proj, because backward needs no output of it (speed/compiled.py)."""
+    The compiler's own checkpoint leaves down_proj out, because backward needs no output of it (speed/compiled.py)."""
     share = work.checkpoints(shape.L) / shape.L
-    if work.compile:
+    if work.by_compiler:
         share *= 1 - shape.F * shape.C / shape.block()
     return share
 
 
 def products(shape, work, card):
     blocks, head = operations(shape, work)
-    fast = card.fp8 if work.fp8 and card.fp8 else card.bf16
-    return blocks / fast + head / card.bf16
+    fast = card.products(work.bytes_of_a_number)
+    of_blocks = card.fp8 if work.fp8 and card.fp8 else fast
+    return blocks / of_blocks + head / fast
 
 
 def attention(shape, work, card):
-    # Two products, q · k and p · v, of 2 operations each, over half of the T x T pairs.
+    if work.holds_scores:
+        return attention_with_scores(shape, work, card)
+    # Two products, q · k and p · v, of 2 operations each, over half of the T x T pairs; over all where a mask says
+    # which count.
     T = work.document or work.tokens
     forward = 2 * work.n * T * shape.H * shape.D * shape.L
+    if work.masked:
+        forward *= 2
     passes = 3.5 + work.checkpoints(shape.L) / shape.L
-    return forward * passes / (card.bf16 * ATTENTION)
+    return forward * passes / (card.products(work.bytes_of_a_number) * ATTENTION)
+
+
+def attention_with_scores(shape, work, card):
+    """--attn naive, and what PyTorch does without a kernel: all T x T pairs, and scores that go through memory."""
+    again = work.checkpoints(shape.L) / shape.L
+    T = work.tokens
+    forward = 4 * work.n * T * shape.H * shape.D * shape.L
+    # Backward has four products where forward has two.
+    of_products = forward * (3 + again) / card.products(work.bytes_of_a_score)
+    scores = work.n * T * shape.H * shape.L * work.bytes_of_a_score
+    passes = SCORES * (1 + again) + SCORES_BACKWARD
+    return of_products + scores * passes / card.bandwidth
 
 
 def the_rest(shape, work, card):
@@ -293,11 +356,11 @@ def updating(shape, work, card):
 
 
 def decoding(shape, work, card):
-    """Weights become what is multiplied, in forward and in backward. A recomputation shares backward's.
+    """Weights become what is multiplied, in forward and in backward. The compiler's own checkpoint shares backward's.
 
     With --offload_embed nothing is shared, because whoever gives that flag prefers memory to speed (train.build)."""
     times = 2
-    if work.offload_embed:
+    if work.offload_embed or not work.by_compiler:
         times += work.checkpoints(shape.L) / shape.L
     return times * shape.L * shape.block() * DECODED[work.quant, work.fp8] / card.bandwidth
 

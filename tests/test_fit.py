@@ -12,15 +12,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import train_here
+from conftest import make_model, train_here
 
 import data
 import fit
 import model as models
 import planner
+import sample
 import train
 from recipes import Rules
-from speed import compiled, memory, rate
+from speed import compiled, memory, precision, rate
 
 H100 = rate.CARDS["h100"]
 LLAMA_8B = models.ModelConfig(
@@ -43,8 +44,9 @@ LLAMA_8B = models.ModelConfig(
 
 @pytest.fixture(autouse=True)
 def a_compiler(monkeypatch):
-    """As on a machine that has one."""
+    """As on a machine that has one, and bitsandbytes."""
     monkeypatch.setattr(compiled, "has_compiler", lambda: True)
+    monkeypatch.setattr(fit, "has_bitsandbytes", lambda device: True)
 
 
 def plan_of(config=LLAMA_8B, lengths=None, card=H100, batch_size=32, of_data=None, **flags):
@@ -135,7 +137,47 @@ def test_as_few_checkpoints_as_fit():
 def test_a_batch_of_ones_own_size_is_tried():
     plan = plan_of(batch_size=48, lengths=np.full(48, 257), quant="nf4")
     sizes = [one["batch_size"] for one in fit.batch_sizes(plan, ["batch"])]
-    assert sizes == [1, 2, 4, 8, 16, 32, 48]
+    assert sizes == [1, 2, 4, 8, 16, 48]
+
+
+def test_the_recipes_of_a_step_stay_or_are_more():
+    """A step of 3 x 2: four recipes at a time would make a step of 4 or of 8. So 1, 2, 3, and larger steps."""
+    plan = plan_of(batch_size=3, grad_accum=2, lengths=np.full(20, 257))
+    tried = [(one["batch_size"], one["grad_accum"]) for one in fit.batch_sizes(plan, ["batch"])]
+    assert tried == [(1, 6), (2, 3), (3, 2), (8, 1), (16, 1)]
+
+
+def test_another_step_is_said(capfd):
+    fit.fit(plan_of(batch_size=3, grad_accum=2), 80e9, "batch")
+    ranking = said_of_fit(capfd.readouterr().err)
+    assert len(ranking) == 5
+    for line in ranking:
+        rows, accum = re.search(r"--batch_size (\d+) --grad_accum (\d+)", line).groups()
+        step = int(rows) * int(accum)
+        assert line.endswith(f", a step of {step} recipes") == (step != 6)
+    # A step of 6 is far from the fastest.
+    assert ", a step of 32 recipes" in ranking[0]
+    fit.fit(plan_of(batch_size=3, grad_accum=2), 80e9, "")
+    assert "a step of" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("of_data", [{"batching": "packed"}, {"batch_tokens": 8192}], ids=str)
+def test_batches_in_tokens_are_not_changed_and_that_is_said(of_data, capfd):
+    fit.fit(plan_of(of_data=of_data), 80e9, "batch")
+    first, *ranking = said_of_fit(capfd.readouterr().err)
+    assert first.startswith("--allow batch changes nothing") and len(ranking) == 5
+    fit.fit(plan_of(of_data=of_data), 80e9, "quant")
+    assert "--allow batch" not in capfd.readouterr().err
+
+
+def test_the_chosen_plan_neither_plans_nor_chooses(capfd):
+    """Its line trains on this machine: without --plan, --card, --fit and --allow."""
+    plan = plan_of(plan=True, card=H100, fit=30.0, allow="batch")
+    found = fit.chosen(plan, 30e9, "", Rules())
+    line = said_of_fit(capfd.readouterr().err)[-1]
+    cfg, data_cfg, _ = again(line)
+    assert (cfg, data_cfg) == (found.cfg, found.data_cfg)
+    assert not cfg.plan and not cfg.fit and not cfg.allow and cfg.grad_ckpt
 
 
 def test_batches_in_tokens_stay():
@@ -357,7 +399,10 @@ def test_the_account_names_the_largest_parts_and_what_each_flag_saves():
         ({"lora_r": 0}, ["an adapter (--lora_r 16)", "--optim adamw8bit"], ["--quant"]),
         ({"quant": "nf4"}, ["--grad_ckpt"], ["--quant"]),
         ({"attn": "naive"}, ["--attn flash"], []),
-        ({"dtype": "fp32"}, ["--dtype bf16"], []),
+        ({"dtype": "fp32"}, ["--dtype bf16"], ["fp16"]),
+        ({"dtype": "fp32", "card": rate.CARDS["t4"]}, ["--dtype fp16"], ["bf16"]),
+        ({"batch_size": 3, "grad_accum": 3}, ["--batch_size 1 --grad_accum 9"], []),
+        ({"batch_size": 9, "grad_accum": 2}, ["--batch_size 3 --grad_accum 6"], []),
         ({"batch_size": 1}, ["--grad_ckpt"], ["--batch_size"]),
         ({"of_data": {"batch_tokens": 8192}}, ["--batch_tokens 3968"], ["--batch_size"]),
         ({"card": rate.unmeasured(torch.device("cpu"))}, ["--grad_ckpt"], ["--offload_embed"]),
@@ -392,3 +437,93 @@ def test_while_loading_it_helps_to_load_less():
 def test_sizes_are_told_in_what_a_user_reads(size, said):
     assert fit.gigabytes(size) == said
     assert fit.gigabytes(2e5) == "0.2 MB"
+
+
+def test_bitsandbytes_is_not_advised_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(fit, "has_bitsandbytes", lambda device: False)
+    said = fit.account(plan_of(lora_r=0))
+    assert "(--lora_r 16)" in said and "adamw8bit" not in said
+    said = fit.account(plan_of())
+    assert "--quant fp8 (" in said and "nf4" not in said
+
+
+# --- where an evaluation found no memory ---
+
+LONG = np.full(40, 4097)
+
+
+def test_an_eager_evaluation_wants_smaller_batches_and_weights():
+    """32 of 4,096 tokens: an MLP's three tensors and four of the stream, 2 bytes a number."""
+    said = fit.evaluation_account(plan_of(), LONG)
+    a_block = 32 * 4096 * (3 * 14336 + 4 * 4096) * 2 / 1e9
+    assert f"one block {a_block:.1f} GB" in said
+    assert "--batch_size 16 --grad_accum 2 (" in said and "--quant nf4 (" in said
+    for flag in ("--grad_ckpt", "--ckpt_blocks", "--optim", "--offload_ckpt"):
+        assert flag not in said
+    # Half of the last norm's 6 bytes, and of the block.
+    saved = float(re.search(r"--grad_accum 2 \(([\d.]+) GB less", said)[1])
+    assert saved == pytest.approx((a_block + 32 * 4096 * 4096 * 6 / 1e9) / 2, abs=0.1)
+
+
+def test_a_compiled_evaluation_is_told_what_it_keeps():
+    said = fit.evaluation_account(plan_of(compile=True), LONG)
+    kept = 32 * 32 * 4096 * 147_816 / 1e9
+    assert float(re.search(r"kept for backward ([\d.]+) GB", said)[1]) == pytest.approx(
+        kept, rel=1e-3
+    )
+    assert "--batch_size 16" in said
+
+
+def test_the_batches_of_an_evaluation_hold_its_longest_recipe():
+    by_tokens = plan_of(of_data={"batch_tokens": 16384}, lengths=np.full(64, 101))
+    assert "--batch_tokens 8192 (" in fit.evaluation_account(by_tokens, np.full(4, 4096))
+    assert "--batch_tokens" not in fit.evaluation_account(by_tokens, np.array([16000, 10]))
+    # One recipe at a time has no smaller batch.
+    assert "--batch_size" not in fit.evaluation_account(plan_of(batch_size=1), LONG)
+
+
+def test_an_evaluation_of_all_logits_is_told_of_chunks():
+    said = fit.evaluation_account(plan_of(fused_loss=False), LONG)
+    assert "--fused_loss (" in said
+    assert "--fused_loss" not in fit.evaluation_account(plan_of(), LONG)
+
+
+# --- sample.py ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_model(tmp_path / "model")
+
+
+def test_sampling_on_a_cpu_without_bf16_saves_weights_alone(folder, monkeypatch):
+    """The cache of keys and values is in fp32 there, so a 16-bit format takes off half of the weights."""
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    cfg = sample.Config(device="cpu", dtype="fp32")
+    weights = planner.shape_of(models.read_config(folder)).weights()
+    doing, said = fit.while_sampling(folder, cfg, 4)
+    assert doing == "while texts were written"
+    saved = float(re.search(r"--dtype bf16 \(([\d.]+) MB less\)", said)[1])
+    assert saved == pytest.approx(2 * weights / 1e6, abs=0.06)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    _, said = fit.while_sampling(folder, cfg, 4)
+    assert float(re.search(r"--dtype bf16 \(([\d.]+) ", said)[1]) > 1.5 * saved
+
+
+def test_one_text_has_no_smaller_batch(folder):
+    cfg = sample.Config(device="cpu", dtype="fp32")
+    assert "--batch_size" not in fit.while_sampling(folder, cfg, 1)[1]
+    said = fit.while_sampling(folder, cfg, 16)[1]
+    assert "--batch_size 8 (" in said and "--max_new_tokens 200 (" in said
+
+
+def test_loading_a_base_wants_smaller_weights_alone(folder):
+    doing, said = fit.while_a_base_is_loaded(folder, sample.Config(device="cpu", dtype="fp32"))
+    weights = planner.shape_of(models.read_config(folder)).weights()
+    assert doing == "while the model was loaded"
+    assert (
+        f"that takes {4 * weights / 1e6:.1f} MB" in said
+        or f"that takes {4 * weights / 1e6:.0f} MB" in said
+    )
+    assert "--dtype bf16 (" in said and "--quant nf4 (" in said
+    assert "--batch_size" not in said and "--max_new_tokens" not in said

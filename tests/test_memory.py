@@ -200,6 +200,7 @@ def build(folders, monkeypatch):
             tokens=64,
             targets=4 * 64,
             lora_targets=targets,
+            dropout=cfg.lora_dropout > 0,
             attn=cfg.attn,
             bytes_of_a_weight=size,
             bytes_of_a_number=size,
@@ -321,6 +322,42 @@ EAGER = [
 ]
 
 
+DROPOUT = [{}, {"dtype": "fp32"}, {"lora_targets": "q_proj,v_proj,down_proj"}, {"quant": "nf4"}]
+
+
+@pytest.mark.parametrize("flags", DROPOUT, ids=str)
+def test_dropout_keeps_its_mask_and_the_dropped_input(build, flags):
+    """In eager mode on a CPU the mask is the factors themselves, in the numbers of the arithmetic."""
+    flags = {"dtype": "bf16", "lora_dropout": 0.1} | flags
+    one, _, _ = build(1, **flags)
+    three, shape, planned = build(3, **flags)
+    for built in (one, three):
+        built.model.train()
+    real = (kept(three) - kept(one)) / 2
+    assert memory.kept_of_a_block(shape, replace(planned, on_gpu=False)) == real
+    # On a GPU a number of the mask is a byte: this is by hand, of q, k and v's input, and so on.
+    inputs = 128 + 4 * 48 + 128 + 320
+    if flags.get("lora_targets"):
+        inputs = 128 + 320
+    undropped = memory.kept_of_a_block(shape, replace(planned, dropout=False))
+    assert memory.kept_of_a_block(shape, planned) == undropped + 4 * 64 * inputs
+
+
+def test_a_checkpoint_with_dropout_is_torchs_own_and_makes_all_again():
+    """The compiler's checkpoint would draw another mask (train.build), so it is not used; what is kept is the same."""
+    flags = {"compile": True, "grad_ckpt": True}
+    own = memory.peak(EIGHT, work(**flags))
+    torchs = memory.peak(EIGHT, work(**flags, dropout=True))
+    assert memory.kept(EIGHT, work(**flags, dropout=True)) == memory.kept(EIGHT, work(**flags))
+    a_block = memory.kept_of_a_block(EIGHT, work(compile=True, dropout=True))
+    # gate, up and their product, each with a gradient of 8192 · 14336 numbers; a weight of down_proj's size.
+    widest = 8192 * 3 * 14336 * 2 + 14336 * 4096 * 2
+    block = torchs.moments["block"] - sum(memory.static(EIGHT, work(**flags)).values())
+    kept_then = sum(memory.kept(EIGHT, work(**flags)).values())
+    assert block == pytest.approx(kept_then + a_block + widest)
+    assert own.moments["loss"] == torchs.moments["loss"]
+
+
 @pytest.mark.parametrize("flags", EAGER, ids=str)
 def test_an_eager_block_keeps_what_the_plan_says(build, flags):
     real, planned = kept_of_a_block(build, **({"dtype": "bf16"} | flags))
@@ -366,8 +403,9 @@ def test_a_compiled_block_keeps_what_the_plan_says(build, flags):
 
 
 @pytest.mark.slow
-def test_a_compiled_checkpoint_keeps_its_input(build):
-    flags = {"dtype": "bf16", "grad_ckpt": True, "compile": True}
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_compiled_checkpoint_keeps_its_input(build, dropout):
+    flags = {"dtype": "bf16", "grad_ckpt": True, "compile": True, "lora_dropout": dropout}
     one, _, _ = build(1, **flags)
     three, shape, planned = build(3, **flags)
     assert kept(three) - kept(one) == 2 * memory.kept_of_a_checkpoint(shape, planned)
@@ -457,3 +495,35 @@ def test_a_card_needs_more_than_the_peak():
     small = memory.peak(EIGHT, work(1, 8, quant="nf4", lora_r=1))
     loading = replace(small, loading=20e9)
     assert memory.needed(loading, 0.5e9) == 20.5e9
+
+
+def test_what_is_beside_the_peak_adds_up():
+    """4 % of all but weights, adapter, gradients and states; what loading takes more, if that is more."""
+    at = memory.peak(EIGHT, work(**NF4, **CKPT))
+    parts = memory.beside(at, 0.5e9)
+    names = ("workspace", "checkpoints", "last norm", "one block", "loss chunk", "norm in fp32")
+    comes_and_goes = sum(at.parts.get(name, 0) for name in names)
+    assert parts == {"allocator": pytest.approx(0.04 * comes_and_goes), "context": 0.5e9}
+    loading = replace(at, loading=at.bytes + 7e9)
+    assert memory.beside(loading, 0.0)["allocator"] == 7e9
+
+
+# --- evaluation ---
+
+
+def test_an_eager_evaluation_of_8b_by_hand():
+    """32 x 256 tokens: the last h in fp32 and in bf16; an MLP's three tensors and four of the stream; no checkpoint."""
+    parts = memory.of_evaluation(EIGHT, work(grad_ckpt=True, dropout=True))
+    assert parts["last norm"] == 8192 * 4096 * (4 + 2)
+    assert parts["one block"] == 8192 * (3 * 14336 + 4 * 4096) * 2
+    assert not {"checkpoints", "kept for backward", "loss chunk"} & set(parts)
+    # A chunk of logits takes less than a block; all logits take more, 128,256 numbers of 2 + 4 + 4 bytes a token.
+    plain = memory.of_evaluation(EIGHT, work(16, 256, fused_loss=False))
+    assert plain["loss chunk"] == 4096 * (4096 * 2 + 128256 * 10)
+
+
+def test_a_compiled_evaluation_keeps_what_training_keeps():
+    flags = {"compile": True, "grad_ckpt": True, "ckpt_blocks": 20}
+    parts = memory.of_evaluation(EIGHT, work(**flags, dropout=True))
+    assert parts["kept for backward"] == 12 * memory.kept_of_a_block(EIGHT, work(compile=True))
+    assert parts["checkpoints"] == 20 * 8192 * 4096 * 2

@@ -383,3 +383,121 @@ def test_many_recipes_are_planned_by_some_of_them():
     # The longest recipe is among them, and the mean is that of all.
     assert made.work.tokens == 1000
     assert made.lengths.mean() == pytest.approx(lengths.mean(), rel=0.01)
+
+
+# --- what a plan refuses, and what it bounds ---
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--batch_tokens", 100], "--batch_tokens 100: the longest recipe has 1024 tokens"),
+        (
+            ["--batching", "packed", "--batch_tokens", 510],
+            "--batch_tokens 512: the longest recipe has 1024 tokens",
+        ),
+        (["--card", "T4", "--dtype", "bf16"], "--dtype bf16: T4 has no bf16; use --dtype fp16"),
+    ],
+)
+def test_what_training_would_refuse(plan, config_alone, flags, said):
+    _, err = plan(*flags, model=config_alone(), recipes=(), code=2)
+    assert said in err
+
+
+def test_recipes_that_do_not_fit_into_a_batch_are_a_sentence(plan):
+    """data.load_dataset says the same."""
+    _, said = plan("--batch_tokens", 20, code=2)
+    assert "--batch_tokens 20: the longest recipe has " in said
+
+
+def tiny(**flags):
+    """The Plan of a model of two blocks."""
+    of_data = {name: flags.pop(name) for name in ("batch_size", "batch_tokens") if name in flags}
+    lengths = flags.pop("lengths", None)
+    card = flags.pop("card", rate.CARDS["h100"])
+    steps = flags.pop("steps", 10)
+    shape = models.ModelConfig(512, 64, 128, 2, 4, 2, 16, 1024, 1e-5, 1e4, {}, True, False, False)
+    return planner.of_run(shape, train.Config(**flags), data.Data(**of_data), lengths, steps, card)
+
+
+def test_a_batch_larger_than_the_dataset_is_the_dataset():
+    lengths = np.full(100, 65)
+    assert tiny(batch_size=10**11, lengths=lengths).batches.tolist() == [[100, 64, 6400]]
+    # A step of more micro-batches than there are: 10 steps of 100 recipes of 64 tokens.
+    made = tiny(batch_size=10, grad_accum=10**9, lengths=lengths)
+    assert made.hours * 3600 * made.tokens_per_s == pytest.approx(10 * 6400)
+
+
+def test_a_batch_of_more_recipes_than_are_planned_is_whole():
+    lengths = np.random.default_rng(0).integers(30, 500, 130_000)
+    assert tiny(batch_size=60_000, lengths=lengths).batches[0][0] == 60_000
+
+
+def test_a_huge_batch_without_recipes_is_bounded_and_said():
+    made = tiny(batch_size=10**11, grad_accum=10**11)
+    assert made.batches[0][0] == 50_000
+    assert "a micro-batch as 50000 recipes at most" in made.note
+    assert "at most" not in tiny(batch_size=50_000).note
+
+
+def test_a_card_without_bf16_trains_all_weights_in_fp32():
+    """fp16 is too coarse for that (precision.pick_dtype)."""
+    t4 = rate.CARDS["t4"]
+    assert planner.sizes_of(train.Config(lora_r=0), t4) == (4, 4)
+    assert planner.sizes_of(train.Config(lora_r=0), rate.CARDS["h100"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "flags, card, masked",
+    [
+        ({}, "h100", False),
+        ({}, "t4", True),
+        ({"attn": "naive"}, "h100", True),
+        ({"dtype": "fp32"}, "h100", True),
+        ({"lora_r": 0}, "h100", True),
+    ],
+    ids=str,
+)
+def test_packed_rows_are_masked_where_varlen_attention_does_not_run(flags, card, masked):
+    """model.takes_documents: CUDA from Ampere on, in 16 bits."""
+    config = models.ModelConfig(512, 64, 128, 2, 4, 2, 16, 1024, 1e-5, 1e4, {}, True, False, False)
+    packed = data.Data(batching="packed", batch_tokens=1024)
+    lengths = np.full(64, 101)
+    cfg = train.Config(**flags)
+    work = planner.of_run(config, cfg, packed, lengths, 1, rate.CARDS[card]).work
+    assert (work.masked, work.document) == (masked, 0 if masked else 101)
+    padded = planner.of_run(config, cfg, data.Data(), lengths, 1, rate.CARDS[card]).work
+    assert not padded.masked and padded.document == 0
+
+
+def test_dropout_reaches_the_plan():
+    assert tiny(lora_dropout=0.1).work.dropout and not tiny().work.dropout
+
+
+def test_peak_and_what_is_beside_it_add_up_to_what_is_needed(plan):
+    found, said = plan()
+    beside = found["beside"]
+    assert set(beside) == {"allocator", "context"}
+    assert found["peak_gb"] + sum(beside.values()) == pytest.approx(found["needed_gb"], abs=2e-3)
+    # A CPU has no CUDA.
+    assert "Python and torch before the model" in said and "CUDA takes" not in said
+    _, said = plan("--card", "T4")
+    assert "what CUDA takes before the first tensor" in said
+
+
+def test_steps_that_depend_on_recipes_have_no_hours():
+    made = tiny(steps=None)
+    assert made.hours is None
+    assert "hours" not in "".join(planner.table(made, made.peak))
+    assert planner.as_json(made, made.peak)["hours"] is None
+
+
+def test_the_largest_held_out_batch():
+    """Cut as quality.held_out_batches cuts: the longest first; padded to 8 tokens on a GPU."""
+    lengths = np.array([20, 61, 30, 50, 10])
+    made = tiny(batch_size=2, lengths=np.full(16, 9))
+    assert (made.evaluating(lengths).rows, made.evaluating(lengths).tokens) == (2, 64)
+    assert made.evaluating(lengths).targets == 60 + 49
+    by_tokens = tiny(batch_tokens=100, lengths=np.full(16, 9))
+    # 61 alone, 50 and 30, 20 and 10.
+    assert (by_tokens.evaluating(lengths).rows, by_tokens.evaluating(lengths).tokens) == (2, 56)

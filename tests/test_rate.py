@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_memory import CKPT, EIGHT, NF4, SHAPES, SMALL, work
 
-from speed import rate
+from speed import memory, rate
 
 # Figures by which a second is easy to count: 1 operation, 1 byte a second.
 ONE = rate.Card("one", memory=1, bf16=1, fp8=2, bandwidth=1, host=1, launch=1)
@@ -53,6 +53,63 @@ def test_operations_of_attention():
     packed = work(1, 8192, document=256)
     assert rate.attention(EIGHT, packed, ONE) == rate.attention(EIGHT, work(), ONE)
     assert rate.attention(EIGHT, work(1, 8192), ONE) == 32 * rate.attention(EIGHT, packed, ONE)
+
+
+def test_a_mask_leaves_no_pair_out():
+    """A packed row without varlen attention: T x T pairs of the whole row, not half of them, and no document's."""
+    row = work(1, 8192)
+    masked = rate.attention(EIGHT, replace(row, masked=True), ONE)
+    assert masked == 2 * rate.attention(EIGHT, row, ONE)
+
+
+@pytest.mark.parametrize("attn, size, speed", [("naive", 2, 1), ("math", 4, 1 / 16)])
+def test_scores_that_are_held_go_through_memory(attn, size, speed):
+    """Six products of all pairs, 16 passes over 32 · 32 · 256 · 256 scores of 32 blocks. PyTorch's math is in fp32."""
+    pairs = 32 * 256 * 256
+    of_products = 32 * pairs * 32 * 128 * 2 * 6 / speed
+    scores = 32 * pairs * 32 * size
+    held = rate.attention(EIGHT, work(attn=attn), ONE)
+    assert held == pytest.approx(of_products + 16 * scores)
+    # A recomputation has two products and six passes.
+    again = rate.attention(EIGHT, work(attn=attn, **CKPT), ONE)
+    assert again == pytest.approx(of_products * 8 / 6 + 22 * scores)
+    # On a card whose memory is slow beside its products, flash is quicker.
+    h100 = rate.CARDS["h100"]
+    slow = rate.attention(EIGHT, work(4, 2048, attn=attn), h100)
+    assert slow > 2 * rate.attention(EIGHT, work(4, 2048), h100)
+
+
+def test_products_in_fp32_are_slower_on_a_gpu():
+    """NVIDIA's sheets: an H100 does 67 TFLOP/s in fp32 of 989 in bf16. A CPU was measured in fp32."""
+    h100 = rate.CARDS["h100"]
+    in_fp32 = work(bytes_of_a_weight=4, bytes_of_a_number=4)
+    slower = rate.products(EIGHT, in_fp32, h100) / rate.products(EIGHT, work(), h100)
+    assert slower == pytest.approx(989 / 67)
+    blocks, head = rate.operations(EIGHT, work())
+    assert rate.products(EIGHT, in_fp32, ONE) == 16 * (blocks + head)
+    assert rate.products(EIGHT, in_fp32, replace(ONE, fp32=3)) == pytest.approx((blocks + head) / 3)
+    assert rate.products(EIGHT, in_fp32, replace(ONE, device="cpu")) == blocks + head
+    # Half of the pairs in fp32, too.
+    assert rate.attention(EIGHT, in_fp32, ONE) == 16 * rate.attention(EIGHT, work(), ONE)
+
+
+def test_dropout_recomputes_the_whole_block():
+    """torch's checkpoint, not the compiler's: with down_proj, and each weight decoded once more."""
+    flags = {**NF4, **CKPT, "compile": True}
+    P = 6_979_321_856
+    h = 128256 * 4096
+    assert flops_of_a_token(**flags, dropout=True) == 6 * P + 4 * h
+    assert rate.decoding(EIGHT, work(**flags), ONE) == 2 * 2.5 * P
+    assert rate.decoding(EIGHT, work(**flags, dropout=True), ONE) == 3 * 2.5 * P
+
+
+def test_a_measured_call_is_waited_for_on_each_device(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("cuda"))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for name in ("cuda", "mps", "cpu"):
+        rate.wait(torch.device(name))
+    assert waited == ["cuda", "mps"]
 
 
 def test_products_in_eight_bits_are_those_of_the_blocks():
@@ -136,6 +193,11 @@ def test_figures_of_a_card():
     assert h100.bf16 == pytest.approx(707e12, rel=0.02)
     assert h100.fp8 == pytest.approx(1450e12, rel=0.02)
     assert h100.flash and h100.is_gpu
+    assert rate.FP32.keys() == rate.SHEETS.keys()
+    # bf16 came with Ampere, of compute capability 8.0.
+    assert {name for name, card in rate.CARDS.items() if not card.has_bf16} == {
+        *("t4", "v100", "p100"),
+    }
 
 
 def test_what_cards_can():
@@ -201,6 +263,18 @@ MEASURED = [  # shape, rows, tokens, flags, tokens/s
     ("8b", 2, 2048, NF4 | CKPT | SMALL | {"offload_ckpt": True, "offload_embed": True}, 10741),
     ("8b", 32, 256, NF4 | CKPT | SMALL | FP8 | {"cuda_graph": True}, 18621),
 ]
+
+
+def test_the_numbers_of_the_docstrings():
+    """What speed/rate.py and speed/memory.py say of 32 x 256 tokens of 8B."""
+    h100 = rate.CARDS["h100"]
+    step = work(compile=True)
+    parts = [rate.products, rate.attention, rate.the_rest, rate.gaps]
+    assert [round(1000 * part(EIGHT, step, h100)) for part in parts] == [345, 8, 109, 14]
+    assert round(1000 * rate.step_seconds(EIGHT, step, h100)) == 476
+    assert memory.peak(EIGHT, step).bytes / 1e9 == pytest.approx(56.55, abs=0.005)
+    in_nf4 = work(**NF4, **CKPT, compile=True)
+    assert memory.peak(EIGHT, in_nf4).bytes / 1e9 == pytest.approx(10.96, abs=0.005)
 
 
 @pytest.mark.parametrize("shape, rows, tokens, flags, measured", MEASURED)

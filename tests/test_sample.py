@@ -406,10 +406,20 @@ def test_out_of_memory_is_one_sentence(trained, run, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 270 GiB")
 
     monkeypatch.setattr(sample, "Engine", full)
-    code, _, err = run("--run", out, "--cache", cache, "--title", "Pie")
+    flags = ["--run", out, "--cache", cache, "--title", "Pie"]
+    code, _, err = run(*flags)
     assert code == 2 and "out of memory while texts were written, with " in err
     assert "By the plan the largest parts are " in err and "Traceback" not in err
+    # One text is written, so a smaller batch would not help. Of 20 texts 16 are written at a time.
+    assert "--max_new_tokens 200 (" in err and "--batch_size" not in err
+    code, _, err = run(*flags, "--num_samples", 20)
     assert re.search(r"these take less: .*--batch_size 8 \([\d.]+ MB less\)", err)
+
+
+def test_texts_that_are_written_at_a_time(tmp_path):
+    prompts = str(tmp_path / "a pipe, say")
+    flags = {"num_samples": 5}, {"num_samples": 99}, {"eval": 3}, {"prompts": prompts}
+    assert [sample.at_once(sample.Config(**one)) for one in flags] == [5, 16, 3, 16]
 
 
 def test_eval_is_not_silent(trained, run, monkeypatch):
@@ -452,6 +462,8 @@ def test_out_of_memory_while_loading_names_what_makes_a_model_smaller(
     helps = err.partition("In order of gain, these take less: ")[2]
     assert re.search(r"--dtype bf16 \([\d.]+ MB less\)", helps)
     assert re.search(r"--quant nf4 \([\d.]+ MB less\)", helps)
+    # What is written takes nothing yet.
+    assert "--batch_size" not in helps and "max_new_tokens" not in helps
 
 
 def test_a_tied_head_that_is_stored_and_another_is_refused(run, tmp_path):
