@@ -75,15 +75,6 @@ def recipes_of_a_step(plan):
     return plan.data_cfg.batch_size * plan.cfg.grad_accum
 
 
-def chosen(plan, room, allow, rules):
-    """The Plan with the fastest flags that fit; says its command line. rules: recipes.Rules, for that line"""
-    plan = plan.changed(fit(plan, room, allow))
-    cfg = replace(plan.cfg, fit=0, allow="", plan=False, card="")
-    plan = replace(plan, cfg=cfg)
-    say("fit", command_line("python train.py", plan.cfg, plan.data_cfg, rules))
-    return plan
-
-
 def ranked(plan, room, allow):
     """[({flag: value}, Plan)] of all choices that need at most `room` bytes, the fastest first."""
     allowed = check_allowed(allow)

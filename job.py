@@ -135,10 +135,11 @@ class Job:
     def out_of_memory(self):
         """What a lack of memory means for this run: (what was done, which flags take less)."""
         # quality.held_out_loss puts the model into evaluation mode.
-        doing = "while training"
-        if not self.built.model.training:
-            doing = "while the held-out loss was measured"
-        return doing, fit.account(self.plan)
+        if self.built.model.training:
+            return "while training", fit.account(self.plan)
+        lengths = self.held.lengths(self.held.indices)
+        said = fit.evaluation_account(self.plan, lengths)
+        return "while the held-out loss was measured", said
 
     def start_board(self):
         """Before the first step of this process, the evaluation at step 0 of a new run included."""
