@@ -334,7 +334,10 @@ def table(plan, at):
     for name, size in at.parts.items():
         if size:
             lines.append(f"{size / 1e9:8.2f}  {name}: {MEANS[name]}")
-    lines.append(f"{at.bytes / 1e9:8.2f}  in all (torch.cuda.max_memory_allocated)")
+    in_all = "in all, the peak"
+    if plan.card.is_gpu:
+        in_all += " (torch.cuda.max_memory_allocated)"
+    lines.append(f"{at.bytes / 1e9:8.2f}  {in_all}")
     others = [f"{name} {size / 1e9:.2f}" for name, size in at.moments.items() if name != at.moment]
     lines.append(
         f"{'':>8}  other moments: {', '.join(others)}; while loading {at.loading / 1e9:.2f}"

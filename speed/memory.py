@@ -100,9 +100,7 @@ class Work:
     )
     attn: str = "flash"
     document: int = 0  # tokens that attention spans in a packed row; 0: the whole row
-    masked: bool = (
-        False  # a packed row in which a mask keeps documents apart, so all pairs are computed
-    )
+    masked: bool = False  # a packed row with a mask between documents: all pairs count
     fused_loss: bool = True
     grad_ckpt: bool = False
     ckpt_blocks: int = 0  # 0: all
