@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -325,6 +326,9 @@ def the_process_goes_on():
 
     Of the session, because fixtures of the session call programs, too: with cli.leave as it is the first of them would
     end pytest, with exit code 0 and without a word."""
+    # What is started in the background, or by nohup, ignores these signals, and so do the runs that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "leave", sys.exit)
         patch.setattr(cli.PULSE, "start", lambda: None)

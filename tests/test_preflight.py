@@ -71,6 +71,13 @@ def sound(tmp_path_factory):
     return model, write_jsonl(folder / "recipes.jsonl", made_recipes(24))
 
 
+def set_up():
+    """All that train.main does before its loop."""
+    cfg, data_cfg, rules = train.parse_flags()
+    train.check(cfg, data_cfg)
+    return int(train.set_up(cfg, data_cfg, rules) is None)
+
+
 @pytest.fixture
 def begin(sound, monkeypatch, capsys, tmp_path):
     """begin(*flags, model, rows) -> Begun(exit code, what was said) of a set-up; with `steps` also of a first step."""
@@ -89,7 +96,7 @@ def begin(sound, monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         monkeypatch.setattr(job, "write_recipe", lambda *_: None)
         monkeypatch.setattr(pictures, "curve", lambda *_: None)
-        program = train.main if steps else lambda: int(train.set_up() is None)
+        program = train.main if steps else set_up
         with pytest.raises(SystemExit) as stop:
             cli.run(program)
         return Begun(stop.value.code, capsys.readouterr().err)
@@ -508,5 +515,6 @@ def test_a_model_that_leaves_the_range_of_its_numbers(begin, model_with):
     def explode(tensors):
         tensors["model.layers.0.mlp.down_proj.weight"].fill_(1e38)
 
-    fault = begin(model=changed_weights(model_with("fault"), explode), steps=True)
+    model = changed_weights(model_with("fault"), explode)
+    fault = begin("--max_bad_steps", 1, model=model, steps=True)
     told(fault, begin(steps=True), "no weight was changed before, so numbers of the model leave")
