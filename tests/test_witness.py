@@ -42,7 +42,7 @@ def call_program(patch, program, argv):
     """The exit code of a program with these arguments. The only place that knows names inside the programs."""
     patch.setattr(sys, "argv", [f"{program.__name__}.py", *argv])
     # The two recipes of a run are the business of test_sample.py, and slow.
-    patch.setattr(train, "write_recipe", lambda *_, **__: None, raising=False)
+    patch.setattr(job, "write_recipe", lambda *_, **__: None)
     with pytest.raises(SystemExit) as stop:
         cli.run(program.main)
     return stop.value.code
