@@ -1,7 +1,7 @@
 """--fit: the fastest flags that fit a card. And what takes less where memory ran out.
 
     plan = chosen(plan, 24e9, "quant,fp8,batch", rules)    # the Plan with the fastest flags that fit 24 GB
-    with out_of_memory(device, account): …          # a failed allocation becomes the plan's own account
+    with out_of_memory(device, account): …                 # a failed allocation becomes the plan's own account
 
 Both ask the same question of planner.Plan: how much does the run take with other flags?
 
@@ -9,7 +9,8 @@ Both ask the same question of planner.Plan: how much does the run take with othe
 of no block, of as few as fit, of all, and of all in host memory. --allow adds --quant, --fp8 and batch sizes.
 The plan is arithmetic, so hundreds of combinations take a second.
 
-Proof: tests/test_fit.py. README.md has two searches beside measured runs.
+Cost: no choice is tried on the card, so the fastest is the fastest by speed/rate.py.
+Proof: tests/test_fit.py. `benchmarks/plan_on_card.py --fit 24 40` holds the choices beside other flags on a card.
 """
 
 import cli

@@ -109,9 +109,9 @@ class Job:
     what                    set by                                  changed later by
     cfg … text              set_up                                  nothing
     built, optimizer        set_up; a resume fills their tensors    one_step, inside their tensors
-    scale (fp16)            set_up; a resume: from facts            main, after each step
+    scale (fp16)            set_up; a resume: from facts            train, after each step
     watch                   set_up                                  the first step, then it is done
-    facts                   set_up; a resume: Run.go_on             main counts steps, evaluate notes losses
+    facts                   set_up; a resume: Run.go_on             train counts steps, evaluate notes losses
     run, title, board       set_up, when the folder is owned        nothing
     plan                    set_up                                  nothing"""
 
@@ -287,7 +287,7 @@ def stopped(job, stop):
     """A signal ended the loop: the state is saved. -> the exit code"""
     if job.run.saved_at != job.facts.step:
         save_all(job)
-    say("stopped", f"{job.run.kept()}")
+    say("stopped", job.run.kept())
     return stop.exit_code
 
 

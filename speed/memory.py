@@ -24,7 +24,7 @@ Proof: tests/test_memory.py, against tensors that are really held and sums by ha
 import math
 from dataclasses import dataclass, replace
 
-# What cuBLAS holds to work in, as measured on an H100. The one number here that is measured and not derived.
+# What cuBLAS holds to work in, as measured on an H100. Beside it only BETWEEN_BLOCKS and of_host have measured numbers.
 WORKSPACE = 70e6
 CHUNK = 2**26  # the most logits of a chunk of the loss (speed/loss.py)
 
@@ -95,9 +95,8 @@ class Work:
     quant: str = "none"
     fp8: bool = False
     bytes_of_a_weight: int = 2  # of a frozen weight that is not quantised
-    bytes_of_a_number: int = (
-        2  # of an activation; on a CPU without bf16 4, whatever its weights have
-    )
+    # Of an activation. On a CPU without bf16 4, whatever its weights have.
+    bytes_of_a_number: int = 2
     attn: str = "flash"
     document: int = 0  # tokens that attention spans in a packed row; 0: the whole row
     masked: bool = False  # a packed row with a mask between documents: all pairs count

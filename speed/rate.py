@@ -1,6 +1,6 @@
 """How fast a training run goes, by arithmetic: operations over the card's rate, bytes over its bandwidth, launches.
 
-    card = measured(device, Shape, …) or CARDS["A100"]
+    card = measured(device, Shape, …) or CARDS["a100"]
     seconds = step_seconds(shape, work, card)
 
 A step waits for the slowest of three: the card, the host that launches kernels, copies between the two.
